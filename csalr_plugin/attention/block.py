@@ -1,0 +1,151 @@
+"""What SA, CSA and CSALR share: projections, groups, gate and residual."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+
+import torch
+from torch import Tensor, nn
+
+from csalr_plugin.errors import UserError
+
+
+class AttentionBlock(nn.Module, ABC):
+    """A gated residual attention over a feature map, ``x + alpha * attend(x)`` (Eq. 2 and 17).
+
+    The projections are 1x1 convolutions. While training, each is followed by a batch norm, kept apart in
+    ``norm``: raw dot products under SGD at 0.1 saturate the softmax within ten iterations, and a saturated
+    S_mm makes its inverse amplify noise. At test time a convolution followed by batch norm is a convolution;
+    :meth:`fold` writes it as one. So Eq. 1-17 hold as they stand.
+
+    Args:
+        channels: C, channels of the feature map.
+        groups: heads that attend on their own share of the channels; they are fused by a 1x1 convolution
+            where there is more than one. Must divide C and C'.
+        key_ratio: C'/C, the width of queries and keys.
+
+    Raises:
+        UserError: when C' is below 1, or `groups` does not divide C and C'.
+    """
+
+    def __init__(self, channels: int, groups: int, key_ratio: float) -> None:
+        super().__init__()
+        key_channels = round(channels * key_ratio)
+        if key_channels < 1:
+            raise UserError(
+                f"key_ratio {key_ratio!r} leaves no channel of {channels}: allowed is {1 / channels:g} to 1."
+            )
+        if groups < 1 or channels % groups or key_channels % groups:
+            raise UserError(
+                f"groups {groups!r} must be a positive integer that divides the {channels} channels of the "
+                f"feature map and the {key_channels} channels of queries and keys."
+            )
+        self.channels, self.key_channels, self.groups = channels, key_channels, groups
+        self.query = nn.Conv2d(channels, key_channels, 1)
+        self.value = nn.Conv2d(channels, channels, 1)
+        self.norm = nn.ModuleDict({"query": nn.BatchNorm1d(key_channels), "value": nn.BatchNorm1d(channels)})
+        if groups > 1:
+            self.fuse = nn.Conv2d(channels, channels, 1)
+        self.alpha = nn.Parameter(torch.zeros(()))
+
+    @abstractmethod
+    def attend(self, x: Tensor) -> Tensor:
+        """The attention's output before gate and residual: (B, C, H, W) -> (B, C, H, W)."""
+
+    def gate(self, x: Tensor, attended: Tensor) -> Tensor:
+        """``x + alpha * attended`` (Eq. 2 and 17), all (B, C, H, W)."""
+        return x + self.alpha * attended
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, C, H, W); the identity as long as alpha is 0."""
+        return self.gate(x, self.attend(x))
+
+    @abstractmethod
+    def diagnose(self, x: Tensor) -> dict[str, float]:
+        """How far the maps over x, (B, C, H, W), are from saturation, as at test time: "largest_logit", in size."""
+
+    @torch.no_grad()
+    def fold(self) -> AttentionBlock:
+        """Write each projection and its batch norm as one plain ``nn.Conv2d``, in place, and return the block.
+
+        The output in eval mode stays the same. A folded block trains without normalisation.
+        """
+        for name, norm in self.norm.items():
+            assert isinstance(norm, nn.BatchNorm1d) and norm.running_mean is not None and norm.running_var is not None
+            projection = getattr(self, name)
+            scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
+            projection.weight.mul_(scale[:, None, None, None])
+            projection.bias.copy_((projection.bias - norm.running_mean) * scale + norm.bias)
+        self.norm = nn.ModuleDict()
+        return self
+
+    def _project(self, name: str, x: Tensor) -> Tensor:
+        """Projection `name` of x: (B, C, H, W) -> (B, C_out, n)."""
+        return self._normalise(name, getattr(self, name)(x).flatten(2))
+
+    def _normalise(self, name: str, projected: Tensor) -> Tensor:
+        """The batch norm that belongs to projection `name`: (B, C_out, any) -> the same shape."""
+        return self.norm[name](projected) if name in self.norm else projected
+
+    def _split(self, features: Tensor) -> Tensor:
+        """Channels into groups: (B, C, n) -> (B, groups, C/groups, n)."""
+        return features.unflatten(1, (self.groups, -1))  # type: ignore[no-untyped-call]
+
+    def _join(self, attended: Tensor, like: Tensor) -> Tensor:
+        """Groups into a feature map, fused: (B, groups, C/groups, n) -> (B, C, H, W)."""
+        image = attended.reshape(like.shape)
+        return self.fuse(image) if self.groups > 1 else image
+
+
+@contextmanager
+def observing(block: nn.Module) -> Iterator[None]:
+    """As at test time, and without a gradient, for the length of a with statement."""
+    was_training = block.training
+    block.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        block.train(was_training)
+
+
+def soften(norm: nn.Module, width: int) -> None:
+    """Start a query's or key's batch norm so that dot products over `width` channels have unit variance.
+
+    Eq. 1 and 10-16 have no 1/sqrt(d); training starts at the same place by the scale of Q and K.
+    """
+    assert isinstance(norm, nn.BatchNorm1d)
+    nn.init.constant_(norm.weight, width**-0.25)
+
+
+def full_range(*tensors: Tensor) -> list[Tensor]:
+    """Take fp16 tensors to fp32: raw dot products and the inverse's bound exceed fp16's range, 65504.
+
+    bf16 has the range of fp32 and stays.
+    """
+    return [tensor.float() if tensor.dtype is torch.float16 else tensor for tensor in tensors]
+
+
+def autocast_like(tensor: Tensor) -> AbstractContextManager[None]:
+    """Autocast for what follows :func:`full_range`: on for bf16 tensors, off for all others."""
+    device = tensor.device.type
+    if not torch.amp.is_autocast_available(device):  # the meta device, on which costs are counted
+        return nullcontext()
+    return torch.autocast(device, dtype=torch.bfloat16, enabled=tensor.dtype is torch.bfloat16)
+
+
+def softmax(logits: Tensor, dim: int = -1) -> Tensor:
+    """Softmax in fp32 at least, so that bf16 maps keep rows that sum to 1."""
+    return logits.softmax(dim, dtype=torch.promote_types(logits.dtype, torch.float32))
+
+
+def logit_scale(queries: Tensor, keys: Tensor) -> Tensor:
+    """A factor for one side of a dot product so that no logit overflows fp32; exactly 1 in any sane network.
+
+    It is below 1 only beyond 1e17, where a softmax is a hard maximum in any precision.
+    """
+    limit = 1e17
+    largest = [torch.linalg.vector_norm(side.detach(), float("inf")) for side in (queries, keys)]
+    return (limit / largest[0].clamp(min=limit)) * (limit / largest[1].clamp(min=limit))

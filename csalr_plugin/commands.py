@@ -1,0 +1,161 @@
+"""The console command `csalr`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from csalr_plugin.errors import UserError, suggest
+from csalr_plugin.hosts.torchreid.arguments import Parser
+from csalr_plugin.version import __version__
+
+_DESCRIPTION = "SA, CSA and CSALR attention for person re-identification, inside torchreid."
+_EPILOG = """commands:
+  train    train, evaluate or resume a model through torchreid
+  run      the same through a script of torchreid's own, unmodified
+  models   the models with their cost, and the default settings
+  demo     make a small data set, train pcb_csalr on it, show what training brought
+
+'csalr COMMAND --help' says more.
+
+example:
+  csalr train --config-file configs/torchreid/pcb_384x128_sgd.yaml \\
+    -s market1501 -t market1501 --root reid-data MODEL.NAME pcb_csalr"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; return its exit code: 0, 2 for a user's mistake, 130 for Ctrl-C."""
+    try:
+        return _main(sys.argv[1:] if argv is None else list(argv))
+    except UserError as error:
+        print(f"csalr: error: {_one_line(error)}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("csalr: interrupted", file=sys.stderr)
+        return 130
+
+
+def _main(argv: Sequence[str]) -> int:
+    commands = {"train": _train, "run": _run, "models": _models, "demo": _demo}
+    parser = Parser(
+        prog="csalr",
+        usage="csalr COMMAND ...",
+        description=_DESCRIPTION,
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"csalr {__version__}")
+    parser.add_argument("command", help=argparse.SUPPRESS)
+    # A command reads its own words: argparse would take overrides that stand among flags apart.
+    parser.add_argument("words", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
+    given = parser.parse_args(argv)
+    if given.command not in commands:
+        hint = suggest(given.command, commands)
+        raise UserError(f"unknown command '{given.command}'; it must be one of {', '.join(commands)}.{hint}")
+    commands[given.command](given.words)
+    return 0
+
+
+def _one_line(error: UserError) -> str:
+    """The message alone, also when a data loader's worker wrapped it in its stack trace."""
+    lines = str(error).strip().splitlines() or [""]
+    return lines[-1].removeprefix(f"{UserError.__module__}.{UserError.__qualname__}: ")
+
+
+def _train(argv: Sequence[str]) -> None:
+    from csalr_plugin.hosts.torchreid.arguments import config_from_arguments, parse_arguments
+
+    config = config_from_arguments(parse_arguments(argv, "csalr train"))
+    from csalr_plugin.hosts.torchreid.train import train
+
+    train(config)
+
+
+def _run(argv: Sequence[str]) -> None:
+    if not argv or argv[0] in ("-h", "--help"):
+        parser = Parser(
+            prog="csalr run",
+            usage="csalr run PATH [ARGUMENT ...]",
+            description="Run a train script of torchreid's, unmodified, with the plugin loaded.\n"
+            "PATH is the script; what follows are the script's own arguments.",
+            epilog="example:\n  csalr run deep-person-reid/scripts/main.py \\\n"
+            "    --config-file configs/torchreid/pcb_384x128_sgd.yaml \\\n"
+            "    -s market1501 -t market1501 --root reid-data MODEL.NAME pcb_csalr csalr.groups 2",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        if not argv:
+            parser.error("the path of a script is missing")
+        parser.print_help()
+        return
+    from csalr_plugin.hosts.torchreid.script import run_script
+
+    run_script(argv[0], argv[1:])
+
+
+def _models(argv: Sequence[str]) -> None:
+    parser = Parser(
+        prog="csalr models",
+        description="List the models: parameters in training, multiply-accumulate operations of one image at "
+        "test time (every matrix product counted) and the embedding's width; then the settings.",
+        epilog="example:\n  csalr models --height 256 --width 128",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    for name, default, what in (
+        ("height", 384, "image height"),
+        ("width", 128, "image width"),
+        ("num-classes", 751, "training identities"),
+    ):
+        parser.add_argument(
+            f"--{name}", type=_positive, default=default, metavar="N", help=f"{what} ({default})"
+        )
+    given = parser.parse_args(argv)
+
+    import torch
+    from tabulate import tabulate
+
+    from csalr_plugin.hosts.keys import KEYS
+    from csalr_plugin.models import MODEL_NAMES, build_model
+    from csalr_plugin.models.cost import count_gmacs, count_parameters
+
+    rows = []
+    for name in MODEL_NAMES:
+        with torch.device("meta"):  # shapes only: no memory, no arithmetic
+            model = build_model(name, given.num_classes, pretrained=False).eval()
+            embedding = model(torch.empty(1, 3, given.height, given.width))
+        cost = count_gmacs(model, given.height, given.width)
+        rows.append((name, count_parameters(model) / 1e6, cost, embedding.shape[1]))
+    print(tabulate(rows, ("model", "parameters (M)", "GMACs", "embedding"), floatfmt=".2f"))
+    print(f"\nfor images of {given.height}x{given.width} and {given.num_classes} identities; the settings:\n")
+    settings = [(f"csalr.{key.name}", _as_typed(key.default), key.comment, key.check.allowed) for key in KEYS]
+    print(tabulate(settings, ("key", "default", "what it is", "allowed"), disable_numparse=True))
+
+
+def _positive(text: str) -> int:
+    if (number := int(text)) < 1:
+        raise ValueError
+    return number
+
+
+_positive.__name__ = "positive integer"  # argparse puts it in its message
+
+
+def _as_typed(value: object) -> str:
+    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def _demo(argv: Sequence[str]) -> None:
+    parser = Parser(
+        prog="csalr demo",
+        description="Make a small data set of pedestrian-like images, train pcb_csalr on it through "
+        "torchreid, and show the accuracy before and after.",
+        epilog="example:\n  csalr demo --out demo",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of data and run")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of data and training (default 0)")
+    given = parser.parse_args(argv)
+    from csalr_plugin.demo import run_demo
+
+    run_demo(given.out, given.seed)

@@ -1,0 +1,102 @@
+"""The plugin inside torchreid, its PyPI package and its repository alike."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+from csalr_plugin.errors import UserError
+
+__all__ = ["dataset_names", "host", "model_registry", "register"]
+
+
+def host() -> ModuleType:
+    """Import and return the package torchreid.
+
+    Raises:
+        UserError: torchreid, or something that it needs and does not declare, is not installed.
+    """
+    try:
+        return importlib.import_module("torchreid")
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"torchreid cannot be imported, for '{error.name}' is not installed; "
+            f"run: pip install {error.name if error.name != 'cv2' else 'opencv-python-headless'}."
+        ) from None
+
+
+def register() -> None:
+    """Add the plugin's models to torchreid's registry, and mend what torchreid lacks on today's torch.
+
+    May be called again. Each model is built with the settings of the active config's node `csalr`, by
+    default the paper's.
+
+    Raises:
+        UserError: torchreid is not installed, or has a model of its own under one of the names.
+    """
+    from csalr_plugin.hosts.torchreid import compat
+    from csalr_plugin.models import MODEL_NAMES
+
+    compat.apply()
+    registry = _registry()
+    for name in MODEL_NAMES:
+        present = registry.get(name)
+        if present is not None and getattr(present, "__module__", None) != __name__:
+            raise UserError(
+                f"torchreid already has a model named '{name}' ({present!r}), which csalr_plugin does not "
+                "replace; rename that one to use the plugin's."
+            )
+    for name in MODEL_NAMES:
+        registry.setdefault(name, _entry(name))
+
+
+def model_registry() -> dict[str, Callable[..., Any]]:
+    """Return torchreid's own dictionary of models, the plugin's among them.
+
+    Raises:
+        UserError: torchreid is not installed, or has a model of its own under one of the plugin's names.
+    """
+    register()
+    return _registry()
+
+
+def dataset_names(kind: str) -> tuple[str, ...]:
+    """Return the datasets that torchreid knows; `kind` is "image" or "video".
+
+    Raises:
+        UserError: torchreid is not installed.
+    """
+    return tuple(vars(host().data.datasets)[f"__{kind}_datasets"])
+
+
+def _registry() -> dict[str, Callable[..., Any]]:
+    registry: dict[str, Callable[..., Any]] = vars(host().models)["__model_factory"]
+    return registry
+
+
+def _entry(name: str) -> Callable[..., Any]:
+    def build(num_classes: int, loss: str = "softmax", pretrained: bool = True, **_: Any) -> Any:
+        # The host also passes use_gpu, which no model here needs.
+        from csalr_plugin.hosts.torchreid.config import active_config
+        from csalr_plugin.models import build_model
+
+        config = active_config()
+        settings = config.csalr
+        # A checkpoint that is loaded anyway needs no ImageNet weights before it.
+        pretrained = pretrained and not (config.model.get("load_weights") or config.model.get("resume"))
+        return build_model(
+            name,
+            num_classes,
+            loss=loss,
+            pretrained=pretrained,
+            pretrained_weights=settings.pretrained_weights,
+            groups=settings.groups,
+            landmarks=settings.landmarks,
+            stages=settings.stages,
+            key_ratio=settings.key_ratio,
+        )
+
+    build.__name__ = build.__qualname__ = name
+    return build

@@ -1,0 +1,335 @@
+"""The host's engines, optimising Eq. 18, resuming where they stopped, and saying what happens."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import random
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import numpy as np
+import torch
+import torchreid
+from torch import Tensor, nn
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from csalr_plugin.errors import UserError
+from csalr_plugin.hosts.torchreid.config import active_config
+from csalr_plugin.hosts.torchreid.optimizer import WarmUp, clip_gradients, unwrapped
+from csalr_plugin.models import PCB, RefinedPCB
+
+
+@cache
+def plugin_engine(host_engine: type) -> type:
+    """The host's engine class with this plugin's training, for example of ``torchreid.engine.ImageSoftmaxEngine``.
+
+    The signature stays the host's. Models that are not the plugin's keep the host's loss, and gain exact
+    resuming, a checkpoint an epoch, and evaluation results as a file.
+    """
+    return type(f"Plugin{host_engine.__name__}", (_PluginTraining, host_engine), {})
+
+
+_HostEngine: Any = object  # in what `plugin_engine` makes, the host's engine comes next
+_HostLoss = Callable[[Tensor, Tensor], Tensor]
+
+
+class _PluginTraining(_HostEngine):
+    """What :func:`plugin_engine` puts before a host's engine. Settings come from the active config."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        config = active_config()
+        self.settings = config.csalr
+        self.seed: int = config.train.seed
+        self.network = unwrapped(self.model)
+        self.blocks: dict[str, Any] = dict(getattr(self.network, "attention", {}))
+        self.warm_up = WarmUp(self.optimizer, self.settings.warmup)
+        self.save_dir = Path(config.data.save_dir)
+        self.results: dict[str, dict[str, float]] = {}
+        self._rolling: Path | None = None
+        self._stopped = False
+
+    # -- the loss ---------------------------------------------------------------------------------------------
+
+    def forward_backward(self, data: dict[str, Any]) -> dict[str, float]:
+        """One iteration of the host's loop: returns what is printed and goes to TensorBoard."""
+        if self.batch_idx < self._batches_done:  # trained before the stop that this run resumes from
+            self._draw_from(self.batch_idx + 1, "data")
+            return {}
+        self._draw_from(self.batch_idx, "model")
+        images, identities = self.parse_data_for_train(data)
+        device = next(self.model.parameters()).device
+        images, identities = images.to(device), identities.to(device)
+        outputs = self.model(images)
+        logits, features = outputs if isinstance(outputs, tuple) else (outputs, None)
+        terms, loss = self.loss_terms(logits, features, identities)
+        summary = {"loss": loss.item(), **{name: term.item() for name, term in terms.items()}}
+        self._require_finite(summary, images)
+        self.optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        gradient_norm = clip_gradients(self.network, self.settings.clip_gradient)
+        self._require_finite({"gradient norm": gradient_norm}, images)
+        self.warm_up.step(self.optimizer, self.epoch * self.num_batches + self.batch_idx)
+        if isinstance(self.network, PCB):
+            summary |= {f"alpha_{name}": block.alpha.item() for name, block in self.blocks.items()}
+            logits = [sum(logits[: self.network.parts])]  # the parts' vote, not the first part's alone
+        summary["acc"] = torchreid.metrics.accuracy(logits, identities)[0].item()
+        self._draw_from(self.batch_idx + 1, "data")
+        if self._stopped:
+            raise KeyboardInterrupt
+        return summary
+
+    def loss_terms(
+        self, logits: Sequence[Tensor] | Tensor, features: Tensor | None, identities: Tensor
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """The terms of Eq. 18 by name, and their sum: L = L_F + lambda * sum_i L_DS_i.
+
+        L_F is the sum of the parts' losses; with the host's triplet loss it is `weight_x` times that sum plus
+        `weight_t` times the triplet loss of the embedding. A model that is not the plugin's keeps the host's
+        mean over its outputs.
+        """
+        triplet = features is not None
+        criterion = self.criterion_x if triplet else self.criterion
+        if isinstance(self.network, PCB):
+            parts = self.network.parts
+            main = sum(criterion(part, identities) for part in logits[:parts])
+            branches = [criterion(branch, identities) for branch in logits[parts:]]
+        else:
+            main, branches = self.compute_loss(criterion, logits, identities), []
+        terms = {"L_F": main}
+        if triplet:
+            terms["triplet"] = self.compute_loss(self.criterion_t, features, identities)
+            terms["L_F"] = self.weight_x * main + self.weight_t * terms["triplet"]
+        loss = terms["L_F"]
+        for name, branch in zip(getattr(self.network, "supervision", {}), branches, strict=True):
+            terms[f"L_DS_{name}"] = branch
+            loss = loss + self.settings.supervision_weight * branch
+        return terms, loss
+
+    def _require_finite(self, terms: dict[str, float], images: Tensor) -> None:
+        bad = [f"{name} = {term}" for name, term in terms.items() if not math.isfinite(term)]
+        if bad:
+            raise UserError(
+                f"Training stopped at epoch {self.epoch + 1}, iteration {self.batch_idx + 1}: {', '.join(bad)}; "
+                f"{self._first_non_finite(images)}. The last checkpoint is {self._last_checkpoint()}; go on from "
+                "it with a lower train.lr, csalr.attention_lr or csalr.clip_gradient."
+            )
+
+    @torch.no_grad()
+    def _first_non_finite(self, images: Tensor) -> str:
+        """Which layer's output is the first that is not finite, on the batch that showed it."""
+        found: list[str] = []
+
+        def watch(name: str, layer: nn.Module) -> Any:
+            # A supervision branch is given what its block attended; every other layer gives its own output.
+            def hook(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+                seen = inputs[1] if name.startswith("block") else output
+                if not torch.isfinite(seen).all():
+                    found.append(name)
+
+            return layer.register_forward_hook(hook)
+
+        layers = {name: layer for name, layer in self.network.named_children() if name.startswith("layer")}
+        branches = getattr(self.network, "supervision", {})
+        layers |= {f"block {name} (attention)": branch for name, branch in branches.items()}
+        handles = [watch(name, layer) for name, layer in layers.items()]
+        try:
+            self.network(images)
+        finally:
+            for handle in handles:
+                handle.remove()
+        if found:
+            return f"the first output that is not finite is that of {found[0]}"
+        weights = [name for name, value in self.network.named_parameters() if not torch.isfinite(value).all()]
+        return f"every block's output is finite{f', weights that are not: {weights[0]}' if weights else ''}"
+
+    # -- the loop ---------------------------------------------------------------------------------------------
+
+    def run(self, save_dir: str = "log", **options: Any) -> None:
+        """The host's `run`; Ctrl-C leaves a checkpoint that resumes, in the middle of an epoch too."""
+        self.save_dir = Path(save_dir)
+        super().run(save_dir=save_dir, **options)
+
+    def train(self, *args: Any, **options: Any) -> None:
+        """One epoch, then a checkpoint.
+
+        Random numbers are drawn from (seed, epoch, batch), so that a resumed run equals one without a stop.
+        """
+        self._batches_done = self.optimizer.param_groups[0].get("batches_done", 0)
+        self._draw_from(0, "epoch")
+        with self._stop_between_batches():
+            try:
+                super().train(*args, **options)
+            except (KeyboardInterrupt, RuntimeError) as error:
+                # A worker that got the same Ctrl-C may die first: the host's loop then sees a RuntimeError.
+                if not self._stopped:
+                    raise
+                done = max(self._batches_done, self.batch_idx + isinstance(error, KeyboardInterrupt))
+                self._save_interrupted(done)
+                raise KeyboardInterrupt from error
+        self._mark_batches_done(0)
+        self._save_rolling()
+        if self._stopped:
+            raise KeyboardInterrupt
+
+    def two_stepped_transfer_learning(
+        self, epoch: int, fixbase_epoch: int, open_layers: Any, model: nn.Module | None = None
+    ) -> None:
+        """The host's two steps and, for a model with refined parts, the phases of its training (section 4.2)."""
+        if isinstance(self.network, RefinedPCB):
+            refined_epoch = epoch - self.settings.rpp.pcb_epochs
+            self.network.refining = refined_epoch >= 0
+            if 0 <= refined_epoch < self.settings.rpp.part_classifier_epochs:
+                fixbase_epoch, open_layers = epoch + 1, ["part_classifier"]
+        super().two_stepped_transfer_learning(epoch, fixbase_epoch, open_layers, model)
+
+    def _draw_from(self, batch: int, purpose: str) -> None:
+        entropy = [self.seed, self.epoch, batch, ("epoch", "data", "model").index(purpose)]
+        seed = int(np.random.SeedSequence(entropy).generate_state(1)[0])
+        random.seed(seed)
+        np.random.seed(seed)
+        torch.manual_seed(seed)
+
+    @contextlib.contextmanager
+    def _stop_between_batches(self) -> Iterator[None]:
+        """Ctrl-C and SIGTERM wait for the end of the batch; a second one does not."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+
+        def stop(number: int, frame: FrameType | None) -> None:
+            if self._stopped:
+                raise KeyboardInterrupt
+            self._stopped = True
+            print("Stopping after this batch; once more stops at once, without a checkpoint.", flush=True)
+
+        before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    # -- checkpoints ------------------------------------------------------------------------------------------
+
+    def save_model(self, epoch: int, rank1: float, save_dir: str, is_best: bool = False) -> None:
+        """Save as the host does, in one step (a half-written file never bears the name), and plain numbers only."""
+        path = self._save(f"model.pth.tar-{epoch + 1}", epoch + 1, float(rank1))
+        if self._rolling == path:
+            self._rolling = None  # evaluated: it stays
+
+    def _save_rolling(self) -> None:
+        """The newest epoch's checkpoint replaces the one before, unless that was evaluated."""
+        before, self._rolling = self._rolling, self._save(f"model.pth.tar-{self.epoch + 1}", self.epoch + 1)
+        if before and before != self._rolling:
+            before.unlink(missing_ok=True)
+
+    def _save_interrupted(self, batches_done: int) -> None:
+        # Within the optimizer's state, which the host's own resuming carries over.
+        self._mark_batches_done(batches_done)
+        path = self._save(f"model.pth.tar-{self.epoch}-batch{batches_done}", self.epoch)
+        print(f"Go on with: model.resume {path}")
+
+    def _mark_batches_done(self, number: int) -> None:
+        for group in self.optimizer.param_groups:
+            group["batches_done"] = number
+        self._batches_done = number
+
+    def _save(self, name: str, epoch: int, rank1: float | None = None) -> Path:
+        folder = self.save_dir / "model"
+        folder.mkdir(parents=True, exist_ok=True)
+        path, unfinished = folder / name, folder / f".{name}.unfinished"
+        state = {
+            "state_dict": self.network.state_dict(),
+            "epoch": epoch,
+            "optimizer": self.optimizer.state_dict(),
+        }
+        if rank1 is not None:
+            state["rank1"] = rank1
+        if self.scheduler is not None:
+            state["scheduler"] = self.scheduler.state_dict()
+        torch.save(state, unfinished)
+        os.replace(unfinished, path)
+        print(f'Checkpoint saved to "{path}"')
+        return path
+
+    def _last_checkpoint(self) -> str:
+        saved = sorted((self.save_dir / "model").glob("model.pth.tar-*"), key=lambda path: path.stat().st_mtime)
+        return repr(str(saved[-1])) if saved else "the one that training started from"
+
+    # -- evaluation -------------------------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def _evaluate(
+        self,
+        dataset_name: str = "",
+        query_loader: Any = None,
+        gallery_loader: Any = None,
+        dist_metric: str = "euclidean",
+        normalize_feature: bool = False,
+        visrank: bool = False,
+        visrank_topk: int = 10,
+        save_dir: str = "",
+        use_metric_cuhk03: bool = False,
+        ranks: Sequence[int] = (1, 5, 10, 20),
+        rerank: bool = False,
+    ) -> tuple[float, float]:
+        """The host's evaluation by its own parts, with progress, and with the results as a file too."""
+        query, query_ids, query_cameras = self._embed(query_loader, "query", normalize_feature)
+        gallery, gallery_ids, gallery_cameras = self._embed(gallery_loader, "gallery", normalize_feature)
+        distance = torchreid.metrics.compute_distance_matrix
+        distances = distance(query, gallery, dist_metric).numpy()
+        if rerank:
+            print("Applying person re-ranking ...")
+            among_query = distance(query, query, dist_metric).numpy()
+            among_gallery = distance(gallery, gallery, dist_metric).numpy()
+            distances = torchreid.utils.re_ranking(distances, among_query, among_gallery)
+        cmc, mean_ap = torchreid.metrics.evaluate_rank(
+            distances,
+            query_ids,
+            gallery_ids,
+            query_cameras,
+            gallery_cameras,
+            use_metric_cuhk03=use_metric_cuhk03,
+        )
+        ranks = [rank for rank in ranks if rank <= len(cmc)]
+        results = {"mAP": float(mean_ap), **{f"rank-{rank}": float(cmc[rank - 1]) for rank in ranks}}
+        print(f"** Results on {dataset_name} **")
+        for name, value in results.items():
+            print(f"{name:<8} {value:.1%}")
+        self.results[dataset_name] = results
+        path = Path(save_dir or self.save_dir) / f"results_{dataset_name}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps({"epoch": self.epoch + 1, "rerank": rerank, **results}, indent=2) + "\n")
+        if visrank:
+            torchreid.utils.visualize_ranked_results(
+                distances,
+                self.datamanager.fetch_test_loaders(dataset_name),
+                self.datamanager.data_type,
+                width=self.datamanager.width,
+                height=self.datamanager.height,
+                save_dir=str(Path(save_dir) / f"visrank_{dataset_name}"),
+                topk=visrank_topk,
+            )
+        return float(cmc[0]), float(mean_ap)
+
+    def _embed(self, loader: Any, subset: str, normalise: bool) -> tuple[Tensor, np.ndarray, np.ndarray]:
+        """Embeddings (N, width), identities (N,) and cameras (N,) of a loader's images."""
+        embeddings, identities, cameras = [], [], []
+        device = next(self.model.parameters()).device
+        for batch in tqdm(loader, desc=f"Embedding {subset}", unit="batch", mininterval=2.0):
+            images, batch_identities, batch_cameras = self.parse_data_for_eval(batch)
+            embeddings.append(self.extract_features(images.to(device)).float().cpu())
+            identities += batch_identities.tolist()
+            cameras += batch_cameras.tolist()
+        stacked = torch.cat(embeddings)
+        return F.normalize(stacked) if normalise else stacked, np.asarray(identities), np.asarray(cameras)

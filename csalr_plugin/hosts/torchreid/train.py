@@ -1,0 +1,290 @@
+"""Training, evaluating and resuming through torchreid: what `csalr train` does."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, TextIO
+from urllib.error import URLError
+
+import torch
+import torchreid
+from torch import nn
+from tqdm import tqdm
+
+from csalr_plugin.errors import UserError
+from csalr_plugin.hosts.torchreid import register
+from csalr_plugin.hosts.torchreid.compat import read_image
+from csalr_plugin.hosts.torchreid.config import (
+    ENGINE_RUN,
+    IMAGE_DATA,
+    LR_SCHEDULER,
+    OPTIMIZER,
+    VIDEO_DATA,
+    Config,
+    set_active_config,
+)
+from csalr_plugin.hosts.torchreid.engine import plugin_engine
+from csalr_plugin.hosts.torchreid.optimizer import build_optimizer, unwrapped
+from csalr_plugin.models.cost import count_gmacs, count_parameters
+from csalr_plugin.models.weights import load_weights, read_checkpoint, state_dict_of
+
+
+def train(config: Config) -> dict[str, dict[str, float]]:
+    """Train, or with `test.evaluate` only evaluate, the model that `config` names.
+
+    Args:
+        config: torchreid's settings with the plugin's node; see `config_from_arguments`.
+
+    Returns:
+        The last results a target dataset: mAP and "rank-1", "rank-5", ..., from 0 to 1.
+
+    Raises:
+        UserError: for anything that the user gave and that cannot be used, before training starts.
+    """
+    register()
+    previous = set_active_config(config)
+    try:
+        prepare(config)
+        with _logged(Path(config.data.save_dir), "test" if config.test.evaluate else "train"):
+            return _train(config)
+    finally:
+        set_active_config(previous)
+
+
+def _train(config: Config) -> dict[str, dict[str, float]]:
+    print(f"Configuration\n{config}\n")
+    print(torchreid.utils.collect_env_info())
+    torchreid.utils.set_random_seed(config.train.seed)
+    datamanager = build_datamanager(config)
+    model = build_network(config, datamanager.num_train_pids)
+    if config.use_gpu:
+        torch.backends.cudnn.benchmark = True
+        model = nn.DataParallel(model).cuda()
+    optimizer = build_optimizer(model, **config.keyword_arguments(OPTIMIZER))
+    scheduler = torchreid.optim.build_lr_scheduler(optimizer, **config.keyword_arguments(LR_SCHEDULER))
+    if config.model.resume:
+        config.train.start_epoch = resume_from_checkpoint(config.model.resume, model, optimizer, scheduler)
+    engine = build_engine(config, datamanager, model, optimizer, scheduler)
+    engine.run(**config.keyword_arguments(ENGINE_RUN))
+    results: dict[str, dict[str, float]] = engine.results
+    return results
+
+
+def build_datamanager(config: Config) -> Any:
+    """torchreid's data manager for `config`, every image of it known to decode.
+
+    Raises:
+        UserError: for a dataset that is missing or empty, or an image that does not decode.
+    """
+    image = config.data.type == "image"
+    manager = torchreid.data.ImageDataManager if image else torchreid.data.VideoDataManager
+    arguments = config.keyword_arguments(IMAGE_DATA if image else VIDEO_DATA)
+    root = Path(config.data.root)
+    present = set(root.iterdir())
+    try:
+        datamanager = manager(**arguments)
+    except (RuntimeError, IndexError, OSError, ValueError, AssertionError) as error:
+        for folder in set(root.iterdir()) - present:
+            _remove_empty(folder)
+        raise UserError(_data_message(config, error)) from error
+    check_images(datamanager)
+    return datamanager
+
+
+def _data_message(config: Config, error: Exception) -> str:
+    names = ", ".join(dict.fromkeys([*config.data.sources, *config.data.targets]))
+    root = Path(config.data.root)
+    empty = [folder for folder, folders, files in os.walk(root) if not folders and not files]
+    if isinstance(error, (URLError, OSError)) and not empty:
+        what = f"is not there and cannot be downloaded ({str(error).splitlines()[0]})"
+    elif empty:
+        what = f"has an empty folder, {empty[0]!r}"
+    else:
+        what = f"cannot be read ({(str(error).splitlines() or [type(error).__name__])[0]})"
+    return (
+        f"data.root {str(root)!r}: dataset {names} {what}; put the images where torchreid's handler looks for "
+        "them, for market1501 in ROOT/market1501/Market-1501-v15.09.15/{bounding_box_train,query,bounding_box_test}."
+    )
+
+
+def _remove_empty(folder: Path) -> None:
+    """Remove what the host's failed download left behind, unless there is something in it."""
+    with contextlib.suppress(OSError):
+        folder.rmdir()
+
+
+def check_images(datamanager: Any) -> None:
+    """Decode every image once, before training starts rather than hours into it.
+
+    Raises:
+        UserError: names the first image that does not decode.
+    """
+    subsets = [datamanager.train_loader.dataset.train]
+    for target in datamanager.test_dataset.values():
+        subsets += [target["query"], target["gallery"]]
+    paths = [item[0] for subset in subsets for item in subset]
+    # A video dataset has a tuple of paths where an image dataset has one.
+    flat = dict.fromkeys(path for item in paths for path in ([item] if isinstance(item, str) else item))
+    with ThreadPoolExecutor() as pool:
+        for _ in tqdm(pool.map(_decodes, flat), total=len(flat), desc="Checking images", unit="", mininterval=2.0):
+            pass
+
+
+def _decodes(path: str) -> None:
+    read_image(path)
+
+
+def build_network(config: Config, num_classes: int) -> nn.Module:
+    """The model that `config` names, from torchreid's registry, with the weights that it names.
+
+    Raises:
+        UserError: for weights that cannot be had, or that are of another architecture.
+    """
+    name = config.model.name
+    print(f"Building model: {name}")
+    try:
+        model = torchreid.models.build_model(
+            name=name,
+            num_classes=num_classes,
+            loss=config.loss.name,
+            # Weights that are loaded anyway need no download before.
+            pretrained=config.model.pretrained and not (config.model.load_weights or config.model.resume),
+            use_gpu=config.use_gpu,
+        )
+    except URLError as error:
+        raise UserError(
+            f"ImageNet weights of {name!r} cannot be downloaded ({error.reason}): start from random weights with "
+            "model.pretrained False, or from a checkpoint with model.load_weights."
+        ) from error
+    gmacs = count_gmacs(model, config.data.height, config.data.width)
+    print(f"{count_parameters(model) / 1e6:.2f} million parameters, {gmacs:.2f} GMACs an image at test time")
+    if config.model.load_weights:
+        load_pretrained_weights(model, config.model.load_weights)
+    return model
+
+
+def build_engine(config: Config, datamanager: Any, model: nn.Module, optimizer: Any, scheduler: Any) -> Any:
+    """torchreid's engine for `config`, with the plugin's training."""
+    kind, loss = config.data.type.capitalize(), config.loss.name.capitalize()
+    engine = plugin_engine(getattr(torchreid.engine, f"{kind}{loss}Engine"))
+    options = {"label_smooth": config.loss.softmax.label_smooth, "use_gpu": config.use_gpu}
+    if config.loss.name == "triplet":
+        options |= dict(config.loss.triplet)
+    if config.data.type == "video":
+        options["pooling_method"] = config.video.pooling_method
+    return engine(datamanager, model, optimizer=optimizer, scheduler=scheduler, **options)
+
+
+def load_pretrained_weights(model: nn.Module, weight_path: str) -> None:
+    """The host's function of that name, which never loads a part of a network in silence.
+
+    Raises:
+        UserError: when the checkpoint cannot be read, or is of another architecture.
+    """
+    print(f"{weight_path}: {load_weights(unwrapped(model), weight_path)}")
+
+
+def resume_from_checkpoint(fpath: str, model: nn.Module, optimizer: Any = None, scheduler: Any = None) -> int:
+    """The host's function of that name: all of a training's state, or an error that changes nothing.
+
+    Returns:
+        The number of epochs that are done; within the next one the engine goes on at the batch it stopped at.
+
+    Raises:
+        UserError: when the checkpoint cannot be read, or is no checkpoint of this training.
+    """
+    checkpoint, network = read_checkpoint(fpath), unwrapped(model)
+    state, wanted = state_dict_of(checkpoint), network.state_dict()
+    wrong = [name for name in wanted if name not in state or state[name].shape != wanted[name].shape]
+    wrong += [name for name in state if name not in wanted]
+    if wrong or "epoch" not in checkpoint:
+        reason = f"{len(wrong)} tensors do not match ({', '.join(wrong[:3])}, ...)" if wrong else "it names no epoch"
+        raise UserError(
+            f"model.resume {str(fpath)!r} is no checkpoint of this training: {reason}. Give the model.name and the "
+            "csalr settings that it was trained with, or start anew from its weights with model.load_weights."
+        )
+    network.load_state_dict(state)
+    for name, part in (("optimizer", optimizer), ("scheduler", scheduler)):
+        if part is None or name not in checkpoint:
+            continue
+        try:
+            part.load_state_dict(checkpoint[name])
+        except (ValueError, KeyError) as error:
+            raise UserError(
+                f"model.resume {str(fpath)!r}: its {name} state is of other train settings ({error}); resume with "
+                "the settings that it was trained with."
+            ) from error
+    epoch = int(checkpoint["epoch"])
+    print(f"Resumed from {fpath!r}: {epoch} epochs are done")
+    return epoch
+
+
+def prepare(config: Config) -> None:
+    """Check, before anything is read or written, that a run can go through.
+
+    Raises:
+        UserError: for settings that are not allowed, a data root that is missing, a save folder that cannot be
+            written, or one with an earlier run's checkpoints that this run would replace.
+    """
+    config.validate()
+    root, folder = Path(config.data.root).expanduser(), Path(config.data.save_dir).expanduser()
+    if not root.is_dir():
+        raise UserError(
+            f"data.root {config.data.root!r} is not a folder: give the folder that holds the datasets with --root."
+        )
+    for key in ("load_weights", "resume"):
+        if config.model[key] and not Path(config.model[key]).expanduser().is_file():
+            raise UserError(f"model.{key} {config.model[key]!r} is not a file: give the path of a checkpoint.")
+    if config.test.visrank and not config.test.evaluate:
+        raise UserError("test.visrank True is only for evaluation: add test.evaluate True.")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".writable-{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UserError(
+            f"data.save_dir {config.data.save_dir!r} cannot be written ({error.strerror}): give another folder."
+        ) from error
+    if not config.test.evaluate and not config.csalr.overwrite:
+        _refuse_to_overwrite(config, folder)
+
+
+def _refuse_to_overwrite(config: Config, folder: Path) -> None:
+    done = int(read_checkpoint(config.model.resume).get("epoch", 0)) if config.model.resume else 0
+    for path in sorted((folder / "model").glob("model.pth.tar-*")):
+        match = re.match(r"model\.pth\.tar-(\d+)", path.name)
+        if match and int(match[1]) > done:
+            raise UserError(
+                f"data.save_dir {config.data.save_dir!r} holds an earlier run's checkpoint, {path.name}: give another "
+                "folder, go on from it with model.resume, or replace it with csalr.overwrite True."
+            )
+
+
+@contextlib.contextmanager
+def _logged(folder: Path, name: str) -> Iterator[None]:
+    """Write what is printed to a log file in `folder` too, as the host's train script does."""
+    path = folder / f"{name}.log-{time.strftime('%Y-%m-%d-%H-%M-%S')}"
+    with path.open("w", encoding="utf-8") as log:
+
+        class Tee:
+            def __init__(self, console: TextIO) -> None:
+                self.console = console
+
+            def write(self, text: str) -> int:
+                log.write(text)
+                return self.console.write(text)
+
+            def flush(self) -> None:
+                log.flush()
+                self.console.flush()
+
+        with contextlib.redirect_stdout(Tee(sys.stdout)):  # type: ignore[type-var]
+            yield

@@ -1,0 +1,197 @@
+"""ResNet-50 PCB and PCB-RPP with attention and deep supervision (section 3.3, Figure 3)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+import torchvision
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from csalr_plugin.attention import AttentionBlock, build_attention
+from csalr_plugin.errors import UserError
+
+STAGE_CHANNELS = {1: 256, 2: 512, 3: 1024, 4: 2048}
+
+
+def identity_classifier(channels: int, num_classes: int) -> nn.Linear:
+    """A linear layer to the identities that starts near zero, as the host's do."""
+    linear = nn.Linear(channels, num_classes)
+    nn.init.normal_(linear.weight, std=0.01)
+    nn.init.zeros_(linear.bias)
+    return linear
+
+
+class Supervision(nn.Module):
+    """A deep supervision branch: the attended stage output to logits of the identities (training only).
+
+    Stage output times attention output, element by element; global average; one linear layer. The batch norm
+    before the linear layer folds into it at test time, and keeps its input at the scale that it can learn from.
+
+    Args:
+        channels: C of the stage.
+        num_classes: training identities.
+    """
+
+    def __init__(self, channels: int, num_classes: int) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(channels)
+        # The input's length starts as that of a part's 256 channels, whatever C: so one learning rate suits both.
+        nn.init.constant_(self.norm.weight, 0.5 * (256 / channels) ** 0.5)
+        self.classifier = identity_classifier(channels, num_classes)
+
+    def forward(self, x: Tensor, attended: Tensor) -> Tensor:
+        """(B, C, H, W), (B, C, H, W) -> (B, num_classes)."""
+        return self.classifier(self.norm((x * attended).mean(dim=(2, 3))))
+
+
+class PartReduction(nn.Module):
+    """The shared 1x1 convolution 2048 -> 256 with batch norm and ReLU; named as in the host's PCB."""
+
+    def __init__(self, channels: int, reduced: int) -> None:
+        super().__init__()
+        convolution = nn.Conv2d(channels, reduced, 1, bias=False)
+        nn.init.kaiming_normal_(convolution.weight, mode="fan_out", nonlinearity="relu")
+        self.layers = nn.Sequential(convolution, nn.BatchNorm2d(reduced), nn.ReLU(inplace=True))
+
+    def forward(self, parts: Tensor) -> Tensor:
+        """(B, 2048, parts, 1) -> (B, 256, parts, 1)."""
+        return cast(Tensor, self.layers(parts))
+
+
+class PCB(nn.Module):
+    """Part-based convolutional baseline (Sun et al., ECCV 2018) on a ResNet-50 with attention after its stages.
+
+    Children that the host's `pcb_p6` has too carry its names, so its checkpoints load by name; with every
+    alpha = 0 the two then give identical embeddings. What is new lives in `attention`, `supervision` and
+    `part_classifier`.
+
+    Args:
+        num_classes: training identities.
+        attention: "none", "sa", "csa" or "csalr".
+        loss: "softmax" or "triplet": what `forward` returns in training mode.
+        stages: stages of the ResNet, 1 to 4, that are followed by a block.
+        parts: horizontal stripes.
+        settings: groups, landmarks and key_ratio of `csalr_plugin.attention.build_attention`.
+
+    Attributes:
+        feature_dim: width of the embedding, parts * 2048.
+
+    Raises:
+        UserError: for an unknown loss, stages outside 1 to 4 or repeated, or settings that no block can have.
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        *,
+        attention: str = "none",
+        loss: str = "softmax",
+        stages: Sequence[int] = (1, 2, 3),
+        parts: int = 6,
+        **settings: Any,
+    ) -> None:
+        super().__init__()
+        if loss not in ("softmax", "triplet"):
+            raise UserError(f"loss {loss!r} is not known: allowed is 'softmax' or 'triplet'.")
+        if not stages or len(set(stages)) != len(stages) or not set(stages) <= set(STAGE_CHANNELS):
+            raise UserError(f"stages {stages!r} must be distinct integers from 1 to 4, for example (1, 2, 3).")
+        self.loss, self.parts, self.feature_dim = loss, parts, parts * STAGE_CHANNELS[4]
+        resnet = torchvision.models.resnet50(weights=None)
+        for layer in (resnet.layer4[0].conv2, resnet.layer4[0].downsample[0]):
+            layer.stride = (1, 1)
+        for name in ("conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3", "layer4"):
+            self.add_module(name, getattr(resnet, name))
+        attended = sorted(stages) if attention != "none" else []
+        self.attention = nn.ModuleDict(
+            {f"stage{stage}": build_attention(attention, STAGE_CHANNELS[stage], **settings) for stage in attended}
+        )
+        self.supervision = nn.ModuleDict(
+            {f"stage{stage}": Supervision(STAGE_CHANNELS[stage], num_classes) for stage in attended}
+        )
+        self.dropout = nn.Dropout(0.5)
+        reduced = 256
+        self.conv5 = PartReduction(STAGE_CHANNELS[4], reduced)
+        self.classifier = nn.ModuleList(identity_classifier(reduced, num_classes) for _ in range(parts))
+
+    def featuremaps(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Backbone and attention: images (B, 3, H, W) -> (B, 2048, H/16, W/16), and the branches' logits.
+
+        The branches run in training mode only.
+        """
+        x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
+        branch_logits: list[Tensor] = []
+        for number in STAGE_CHANNELS:
+            x = getattr(self, f"layer{number}")(x)
+            stage = f"stage{number}"
+            if stage in self.attention:
+                block = cast(AttentionBlock, self.attention[stage])
+                attended = block.attend(x)
+                if self.training:
+                    branch_logits.append(self.supervision[stage](x, attended))
+                x = block.gate(x, attended)
+        return x, branch_logits
+
+    def pool_parts(self, features: Tensor) -> Tensor:
+        """Part features, the means of the stripes: (B, 2048, H, W) -> (B, 2048, parts, 1)."""
+        return F.adaptive_avg_pool2d(features, (self.parts, 1))
+
+    def forward(self, x: Tensor, return_featuremaps: bool = False) -> Any:
+        """Images (B, 3, H, W) to what the mode and the loss ask for.
+
+        Returns:
+            In eval mode the embedding (B, parts * 2048): each part's 2048-vector has unit length. In training
+            mode with loss "softmax" a list of logits (B, num_classes), the parts first, then the supervision
+            branches in the order of the stages; with "triplet" that list and the embedding. With
+            `return_featuremaps` the last feature map (B, 2048, H/16, W/16).
+        """
+        features, branch_logits = self.featuremaps(x)
+        if return_featuremaps:
+            return features
+        parts = self.pool_parts(features)  # B, 2048, parts, 1
+        if not self.training:
+            return F.normalize(parts, dim=1).flatten(1)
+        parts = self.dropout(parts)
+        reduced = self.conv5(parts)  # B, 256, parts, 1
+        logits = [linear(reduced[:, :, part, 0]) for part, linear in enumerate(self.classifier)]
+        logits += branch_logits
+        return logits if self.loss == "softmax" else (logits, F.normalize(parts, dim=1).flatten(1))
+
+
+class RefinedPCB(PCB):
+    """PCB with refined part pooling (RPP): a part classifier says how much a position belongs to each part.
+
+    Training begins as PCB, with `refining` False, and goes on with the part classifier (section 4.2).
+
+    Args:
+        num_classes, options: as for `PCB`.
+
+    Attributes:
+        refining: whether parts are pooled by the part classifier (True) or, as in PCB, by stripes. Saved with
+            the weights, so that a checkpoint is evaluated in the phase that it was saved in.
+    """
+
+    def __init__(self, num_classes: int, **options: Any) -> None:
+        super().__init__(num_classes, **options)
+        self.refining = True
+        self.part_classifier = nn.Conv2d(STAGE_CHANNELS[4], self.parts, 1)
+        nn.init.normal_(self.part_classifier.weight, std=0.001)
+
+    def pool_parts(self, features: Tensor) -> Tensor:
+        """Part features, 6 * mean over positions of weight * feature: (B, 2048, H, W) -> (B, 2048, parts, 1)."""
+        if not self.refining:
+            return super().pool_parts(features)
+        weights = self.part_classifier(features).softmax(dim=1)  # B, parts, H, W
+        pooled = features.flatten(2) @ weights.to(features.dtype).flatten(2).mT  # B, 2048, parts
+        # Weights that are the stripes themselves give the stripes' means, as in PCB.
+        return (pooled * (self.parts / features[0, 0].numel()))[..., None]
+
+    def get_extra_state(self) -> Tensor:
+        """`refining`, as a tensor: hosts expect nothing else in a state dict."""
+        return torch.tensor(self.refining)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Take up the phase that a checkpoint was saved in."""
+        self.refining = bool(state)
