@@ -47,10 +47,12 @@ def _main(argv: Sequence[str]) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"csalr {__version__}")
-    parser.add_argument("command", help=argparse.SUPPRESS)
+    parser.add_argument("command", nargs="?", default="", help=argparse.SUPPRESS)
     # A command reads its own words: argparse would take overrides that stand among flags apart.
     parser.add_argument("words", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     given = parser.parse_args(argv)
+    if not given.command:
+        parser.error(f"a command is missing, one of {', '.join(commands)}")
     if given.command not in commands:
         hint = suggest(given.command, commands)
         raise UserError(f"unknown command '{given.command}'; it must be one of {', '.join(commands)}.{hint}")
@@ -107,9 +109,7 @@ def _models(argv: Sequence[str]) -> None:
         ("width", 128, "image width"),
         ("num-classes", 751, "training identities"),
     ):
-        parser.add_argument(
-            f"--{name}", type=_positive, default=default, metavar="N", help=f"{what} ({default})"
-        )
+        parser.add_argument(f"--{name}", type=_positive, default=default, metavar="N", help=f"{what} ({default})")
     given = parser.parse_args(argv)
 
     import torch
@@ -128,8 +128,8 @@ def _models(argv: Sequence[str]) -> None:
         rows.append((name, count_parameters(model) / 1e6, cost, embedding.shape[1]))
     print(tabulate(rows, ("model", "parameters (M)", "GMACs", "embedding"), floatfmt=".2f"))
     print(f"\nfor images of {given.height}x{given.width} and {given.num_classes} identities; the settings:\n")
-    settings = [(f"csalr.{key.name}", _as_typed(key.default), key.comment, key.check.allowed) for key in KEYS]
-    print(tabulate(settings, ("key", "default", "what it is", "allowed"), disable_numparse=True))
+    settings = [(f"csalr.{key.name}", _as_typed(key.default), key.comment) for key in KEYS]
+    print(tabulate(settings, ("key", "default", "what it is"), disable_numparse=True))
 
 
 def _positive(text: str) -> int:

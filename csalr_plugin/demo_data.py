@@ -41,7 +41,8 @@ _FAMILY = 4
 _STRANGER = 10_000  # passers-by and distractors have numbers that no identity has
 
 Colour: TypeAlias = "tuple[int, int, int]"
-Fill: TypeAlias = "Colour | Image.Image"
+Ink: TypeAlias = "int | tuple[int, ...]"
+Fill: TypeAlias = "tuple[int, ...] | Image.Image"
 Point: TypeAlias = "tuple[float, float]"
 _T = TypeVar("_T")
 
@@ -133,9 +134,7 @@ def _is_made(home: Path, settings: Mapping[str, int]) -> bool:
         )
     found = sum(1 for _ in home.glob("*/*/*.jpg"))
     if found != images:
-        raise UserError(
-            f"demo data: {home} has {found} of its {images} images; remove it, then make it again"
-        )
+        raise UserError(f"demo data: {home} has {found} of its {images} images; remove it, then make it again")
     return True
 
 
@@ -229,9 +228,7 @@ class _Body:
     serves every viewpoint.
     """
 
-    def __init__(
-        self, canvas: Image.Image, left: float, top: float, unit: float, yaw: float, tilt: float
-    ) -> None:
+    def __init__(self, canvas: Image.Image, left: float, top: float, unit: float, yaw: float, tilt: float) -> None:
         self.canvas, self.left, self.top, self.unit, self.tilt = canvas, left, top, unit, tilt
         self.cos, self.sin = math.cos(math.radians(yaw)), math.sin(math.radians(yaw))
         self.parts: list[tuple[float, Callable[[], None]]] = []
@@ -251,17 +248,13 @@ class _Body:
         y += 0.6 * self.tilt * y * (1 - y)
         return self.left + x * self.unit, self.top + y * self.unit
 
-    def slab(
-        self, near: float, fill: Fill, x: float, top: float, bottom: float, upper: float, lower: float
-    ) -> None:
+    def slab(self, near: float, fill: Fill, x: float, top: float, bottom: float, upper: float, lower: float) -> None:
         """Add a trapezoid about `x` with the half widths `upper` and `lower`."""
         corners = ((x - upper, top), (x + upper, top), (x + lower, bottom), (x - lower, bottom))
         places = [self._pixel(*corner) for corner in corners]
         self._add(near, fill, lambda pen, ink: pen.polygon(places, fill=ink))
 
-    def oval(
-        self, near: float, fill: Fill, x: float, y: float, half_width: float, half_height: float
-    ) -> None:
+    def oval(self, near: float, fill: Fill, x: float, y: float, half_width: float, half_height: float) -> None:
         box = (*self._pixel(x - half_width, y - half_height), *self._pixel(x + half_width, y + half_height))
         self._add(near, fill, lambda pen, ink: pen.ellipse(box, fill=ink))
 
@@ -269,21 +262,22 @@ class _Body:
         """Add a bent tube with a dark rim, so that an arm stands out from a chest of the same colour."""
         places = [self._pixel(*point) for point in points]
 
-        def tube(size: int, pen: ImageDraw.ImageDraw, ink: int) -> None:
+        def tube(size: int, pen: ImageDraw.ImageDraw, ink: Ink) -> None:
             pen.line(places, fill=ink, width=size, joint="curve")
             for x, y in places:
                 pen.ellipse((x - size / 2, y - size / 2, x + size / 2, y + size / 2), fill=ink)
 
-        self._add(near, (0, 0, 0), partial(tube, int(width * self.unit) + 2), 80)
+        self._add(near, (0, 0, 0, 80), partial(tube, int(width * self.unit) + 2))
         self._add(near, fill, partial(tube, int(width * self.unit)))
 
-    def _add(
-        self, near: float, fill: Fill, shape: Callable[[ImageDraw.ImageDraw, int], None], ink: int = 255
-    ) -> None:
+    def _add(self, near: float, fill: Fill, shape: Callable[[ImageDraw.ImageDraw, Ink], None]) -> None:
         def paint() -> None:
-            mask = Image.new("L", self.canvas.size)
-            shape(ImageDraw.Draw(mask), ink)
-            self.canvas.paste(fill, None, mask)
+            if isinstance(fill, Image.Image):
+                mask = Image.new("L", self.canvas.size)
+                shape(ImageDraw.Draw(mask), 255)
+                self.canvas.paste(fill, None, mask)
+            else:
+                shape(ImageDraw.Draw(self.canvas, "RGBA"), fill)
 
         self.parts.append((near, paint))
 
@@ -332,9 +326,7 @@ class _Person:
         hip, knee = (body.x(across, 0), 0.49), (body.x(across, 0.6 * ahead + 0.02), 0.71)
         x, y = body.x(across, ahead), 0.94 - 0.3 * max(0.0, -ahead)  # the foot behind is lifted
         bare = self.legs != "trousers"
-        body.limb(
-            near, self.skin if bare else self.lower, (0.05 if bare else 0.068) * self.wide, hip, knee, (x, y)
-        )
+        body.limb(near, self.skin if bare else self.lower, (0.05 if bare else 0.068) * self.wide, hip, knee, (x, y))
         if self.legs == "shorts":
             body.limb(near, self.lower, 0.085 * self.wide, hip, knee)
         body.limb(near, self.shoes, 0.04, (x, y + 0.02), (body.x(across, ahead + 0.05), y + 0.025))
@@ -417,9 +409,7 @@ def _scene(seed: int, camera: int) -> Image.Image:
         x, foot, wide, high = (int(v) for v in rng.uniform((0, horizon, 10, 40), (width, height, 60, 260)))
         pen.rounded_rectangle((x, foot - high, x + wide, foot), 8, fill=_shade(_pick(rng, _CLOTH), 0.8))
     coarse = Image.fromarray(rng.normal(0, 12, (height // 8, width // 8)).astype(np.float32))
-    return _image(
-        np.asarray(image) + np.asarray(coarse.resize(image.size, Image.Resampling.BICUBIC))[..., None]
-    )
+    return _image(np.asarray(image) + np.asarray(coarse.resize(image.size, Image.Resampling.BICUBIC))[..., None])
 
 
 def _render(seed: int, shot: _Shot) -> bytes:
@@ -440,7 +430,7 @@ def _render(seed: int, shot: _Shot) -> bytes:
     other = _STRANGER + int(rng.integers(1000))
     if rng.random() < 0.2:
         add(other, _pick(rng, (0.05, 0.95)), rng.uniform(0.05, 0.2), rng.uniform(0.6, 0.75))
-    kind = ("scenery", "part", "whole")[shot.number % 3] if shot.identity == 0 else "whole"
+    kind = ("scenery", "part", "whole")[shot.number // len(_CAMERAS) % 3] if shot.identity == 0 else "whole"
     if kind == "part":
         add(other + 1000, rng.uniform(0.1, 0.9), rng.uniform(-0.9, 0.35), rng.uniform(1.3, 1.8))
     elif kind == "whole":
@@ -471,8 +461,6 @@ def _photograph(canvas: Image.Image, look: _Camera, rng: np.random.Generator) ->
     """Return `canvas` at its final size, in the light and with the faults of a camera."""
     small = canvas.resize((WIDTH, HEIGHT), Image.Resampling.BOX)
     small = small.filter(ImageFilter.GaussianBlur(rng.uniform(0, look.blur)))
-    light = (
-        (np.asarray(small) / 255) ** look.gamma * look.gain * np.array(look.cast) * rng.uniform(0.85, 1.15)
-    )
+    light = (np.asarray(small) / 255) ** look.gamma * look.gain * np.array(look.cast) * rng.uniform(0.85, 1.15)
     fall = np.linspace(rng.uniform(0.75, 1.2), rng.uniform(0.75, 1.2), WIDTH)  # light from one side
     return _image(255 * light * fall[None, :, None] + rng.normal(0, look.noise, light.shape))

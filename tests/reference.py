@@ -16,9 +16,7 @@ from torch import Tensor, nn
 Array = NDArray[np.float64]
 
 
-def attend(
-    name: str, block: nn.Module, x: Tensor, *, groups: int = 1, landmarks: tuple[int, int] = (12, 8)
-) -> Array:
+def attend(name: str, block: nn.Module, x: Tensor, *, groups: int = 1, landmarks: tuple[int, int] = (12, 8)) -> Array:
     """What the block `name` ("sa", "csa", "csalr") has to return from `attend`."""
     if name == "sa":
         return sa(block, x)
@@ -27,7 +25,7 @@ def attend(
 
 def gated(block: nn.Module, x: Tensor, attended: Array) -> Array:
     """Eq. 2 and 17: O_i = I_i + alpha * (the attention's output)_i."""
-    return array(x) + float(block.alpha) * attended
+    return array(x) + float(block.alpha.detach()) * attended
 
 
 def sa(block: nn.Module, x: Tensor) -> Array:
@@ -38,10 +36,8 @@ def sa(block: nn.Module, x: Tensor) -> Array:
         n = image.shape[1]
         output = np.zeros_like(V)
         for i in range(n):
-            logits = np.array([Q[:, i] @ K[:, j] for j in range(n)])
-            A_i = softmax(logits)  # Eq. 1, row i
-            for j in range(n):
-                output[:, i] += A_i[j] * V[:, j]  # Eq. 2
+            A_i = softmax(Q[:, i] @ K)  # Eq. 1, row i: over all positions j
+            output[:, i] = V @ A_i  # Eq. 2: sum over j of A_ij V_j
         outputs.append(output)
     return stack(outputs, x)
 
@@ -99,9 +95,7 @@ def csalr_maps(
     P = membership(*size, landmarks)
     patches = P / P.sum(axis=0)  # n, m: column k averages the members of landmark k
     Q, K, V = (convolve(getattr(block, name), image) for name in ("query", "key", "value"))
-    for Q_group, K_group, V_group in zip(
-        np.split(Q, groups), np.split(K, groups), np.split(V, groups), strict=True
-    ):
+    for Q_group, K_group, V_group in zip(np.split(Q, groups), np.split(K, groups), np.split(V, groups), strict=True):
         Q_prime, K_prime = Q_group @ patches, K_group @ patches  # C'/groups, m: average pooling
         S_nm = rows_softmax(Q_group.T @ K_prime)  # Eq. 11
         S_mm = rows_softmax(Q_prime.T @ K_prime)  # Eq. 12

@@ -40,9 +40,7 @@ def test_overrides_stand_anywhere_and_are_never_swallowed(line: str) -> None:
 
 
 @pytest.mark.parametrize("flag", ["-s", "--sources", "-t", "--targets", "--transforms"])
-@pytest.mark.parametrize(
-    "key", ["model.name", "MODEL.NAME", "use_gpu", "USE_GPU", "csalr.rpp.pcb_epochs", "modle.nam"]
-)
+@pytest.mark.parametrize("key", ["model.name", "MODEL.NAME", "use_gpu", "USE_GPU", "csalr.rpp.pcb_epochs", "modle.nam"])
 def test_a_key_ends_a_flag_of_several_words(flag: str, key: str) -> None:
     arguments = parse(f"{flag} one two {key} value")
     assert arguments.overrides == [key, "value"]

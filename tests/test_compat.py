@@ -68,9 +68,7 @@ def save_as_the_host_does(folder: Path, rank1: Any) -> Path:
 
 
 @pytest.mark.parametrize("rank1", [np.float64(0.5), np.float32(0.5), 0.5])
-def test_a_checkpoint_that_the_host_saved_loads_again_by_the_hosts_own_functions(
-    tmp_path: Path, rank1: Any
-) -> None:
+def test_a_checkpoint_that_the_host_saved_loads_again_by_the_hosts_own_functions(tmp_path: Path, rank1: Any) -> None:
     path = save_as_the_host_does(tmp_path, rank1)
     assert torchreid.utils.load_checkpoint(str(path))["rank1"] == 0.5
     model = torch.nn.Linear(2, 3)
@@ -187,9 +185,7 @@ def literal_cmc(distances: Any, query: Any, gallery: Any) -> tuple[Any, float]:
 def test_galleries_of_any_size_are_ranked_up_to_50(size: int) -> None:
     rng = np.random.default_rng(size)
     query = [(pid, 0) for pid in range(4)]
-    gallery = [(int(rng.integers(5)), int(rng.integers(3))) for _ in range(size - 4)] + [
-        (p, 1) for p in range(4)
-    ]
+    gallery = [(int(rng.integers(5)), int(rng.integers(3))) for _ in range(size - 4)] + [(p, 1) for p in range(4)]
     distances = rng.random((4, size)).astype(np.float32)
     arrays = [np.array(pairs).T for pairs in (query, gallery)]
     (q_pids, q_camids), (g_pids, g_camids) = arrays
@@ -197,9 +193,7 @@ def test_galleries_of_any_size_are_ranked_up_to_50(size: int) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         cmc, mean_ap = torchreid.metrics.evaluate_rank(distances, q_pids, g_pids, q_camids, g_camids)
-        cuhk03 = torchreid.metrics.evaluate_rank(
-            distances, q_pids, g_pids, q_camids, g_camids, use_metric_cuhk03=True
-        )
+        cuhk03 = torchreid.metrics.evaluate_rank(distances, q_pids, g_pids, q_camids, g_camids, use_metric_cuhk03=True)
     np.testing.assert_allclose(cmc, wanted_cmc, rtol=1e-6)
     assert mean_ap == pytest.approx(wanted_map)
     assert len(cuhk03[0]) == 50

@@ -137,7 +137,7 @@ def test_a_value_that_is_not_allowed_is_one_line_with_key_value_and_what_is_allo
         ("MODLE.NAME", "'model.name'"),
         ("train.batchsize", "'train.batch_size'"),
         ("model.name.x", "'model.name'"),
-        ("csalr.zzz", "csalr.landmarks"),
+        ("csalr.qqqqqqqqqqqq", "csalr.landmarks"),
         ("zzz", "Known groups: use_gpu, model"),
     ],
 )
@@ -189,9 +189,7 @@ def test_a_file_with_a_mistyped_key_is_told_as_an_override_is(tmp_path: Path) ->
 
 
 def test_a_missing_file_is_one_line() -> None:
-    with pytest.raises(
-        UserError, match=r"config file 'configs/torchreid/nothing\.yaml' does not exist"
-    ) as error:
+    with pytest.raises(UserError, match=r"config file 'configs/torchreid/nothing\.yaml' does not exist") as error:
         find_config("configs/torchreid/nothing.yaml")
     one_line(error)
 
@@ -206,9 +204,7 @@ def test_a_relative_path_finds_the_plugins_own_copy_installed_or_in_a_checkout(
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     monkeypatch.chdir(elsewhere)
-    monkeypatch.setattr(
-        configuration.csalr_plugin, "__file__", str(tmp_path / "csalr_plugin" / "__init__.py")
-    )
+    monkeypatch.setattr(configuration.csalr_plugin, "__file__", str(tmp_path / "csalr_plugin" / "__init__.py"))
     assert find_config("configs/torchreid/own.yaml").read_text() == "model: {name: pcb}"
     with pytest.raises(UserError, match=r"Did you mean 'configs/torchreid/own\.yaml'"):
         find_config("configs/torchreid/owm.yaml")

@@ -165,9 +165,7 @@ def test_files_that_others_put_beside_a_finished_set_do_not_matter(tmp_path: Pat
     assert make_demo_data(tmp_path, **TINY) == tmp_path
 
 
-@pytest.mark.parametrize(
-    "name", ["photo.jpg", "market1501/Market-1501-v15.09.15/query/0002_c1s1_000451_03.jpg"]
-)
+@pytest.mark.parametrize("name", ["photo.jpg", "market1501/Market-1501-v15.09.15/query/0002_c1s1_000451_03.jpg"])
 def test_a_folder_with_something_else_is_refused_and_left_alone(tmp_path: Path, name: str) -> None:
     (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
     (tmp_path / name).write_bytes(b"mine")
@@ -182,9 +180,7 @@ def test_a_file_in_place_of_the_folder_is_refused(tmp_path: Path) -> None:
         make_demo_data(tmp_path / "taken", **TINY)
 
 
-def test_a_set_of_other_settings_or_of_another_version_is_refused(
-    root: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_set_of_other_settings_or_of_another_version_is_refused(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = contents(root)
     with pytest.raises(UserError, match=r"'seed': 3.*'seed': 9.*another folder"):
         make_demo_data(root, **{**TINY, "seed": 9})
@@ -223,9 +219,7 @@ def test_what_a_killed_build_left_is_not_taken_for_a_set_and_not_in_the_way(tmp_
     assert len(people(tmp_path, TRAIN)) == 4
 
 
-def test_of_two_builds_at_once_the_second_takes_the_firsts_set(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_of_two_builds_at_once_the_second_takes_the_firsts_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def overtaken(seed: int, shot: demo_data._Shot) -> bytes:
         monkeypatch.setattr(demo_data, "_render", lambda *_: b"")
         make_demo_data(tmp_path, **TINY)

@@ -64,7 +64,7 @@ class AttentionBlock(nn.Module, ABC):
 
     @abstractmethod
     def diagnose(self, x: Tensor) -> dict[str, float]:
-        """How far the maps over x, (B, C, H, W), are from saturation, as at test time: "largest_logit", in size."""
+        """How far the maps over x, (B, C, H, W), are from saturation in the mode of now: "largest_logit", in size."""
 
     @torch.no_grad()
     def fold(self) -> AttentionBlock:
@@ -100,15 +100,18 @@ class AttentionBlock(nn.Module, ABC):
 
 
 @contextmanager
-def observing(block: nn.Module) -> Iterator[None]:
-    """As at test time, and without a gradient, for the length of a with statement."""
-    was_training = block.training
-    block.eval()
+def observing(block: AttentionBlock) -> Iterator[None]:
+    """No gradient, and batch norms that leave their running statistics alone, for the length of a with statement."""
+    norms = [norm for norm in block.norm.values() if isinstance(norm, nn.BatchNorm1d)]
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.momentum = 0.0
     try:
         with torch.no_grad():
             yield
     finally:
-        block.train(was_training)
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
 
 
 def soften(norm: nn.Module, width: int) -> None:

@@ -164,6 +164,7 @@ KEYS = (
     Key("gate_lr", 0.1, number(0), "learning rate of the gates alpha, times train.lr"),
     Key("clip_gradient", 1.0, number(0), "largest gradient norm of a block; 0: no clipping"),
     Key("warmup", 100, integer(0), "iterations over which the learning rate of blocks, branches and gates rises"),
+    Key("amp", "none", one_of("none", "bf16"), "arithmetic of the network: fp32, or bf16 autocast"),
     Key("overwrite", False, BOOLEAN, "let a run write into a folder that holds an earlier run's checkpoints"),
     Key("rpp.pcb_epochs", 40, integer(0), "epochs of plain PCB before refined part pooling"),
     Key(

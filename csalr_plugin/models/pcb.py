@@ -83,6 +83,11 @@ class PCB(nn.Module):
         UserError: for an unknown loss, stages outside 1 to 4 or repeated, or settings that no block can have.
     """
 
+    conv1: nn.Conv2d
+    bn1: nn.BatchNorm2d
+    relu: nn.ReLU
+    maxpool: nn.MaxPool2d
+
     def __init__(
         self,
         num_classes: int,

@@ -104,9 +104,7 @@ def _split(argv: Sequence[str]) -> tuple[list[str], list[str]]:
         word = words.pop()
         if word.startswith("-"):
             if flag_of(word) not in (*FLAGS, "-h", "--help"):
-                raise UserError(
-                    f"unknown flag '{word}'; it must be one of {', '.join(FLAGS)}.{suggest(word, FLAGS)}"
-                )
+                raise UserError(f"unknown flag '{word}'; it must be one of {', '.join(FLAGS)}.{suggest(word, FLAGS)}")
             flags.append(word)
             collecting = word in _MANY_WORDS
             if word in _ONE_WORD and words and not words[-1].startswith("-"):

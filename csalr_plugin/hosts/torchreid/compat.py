@@ -11,7 +11,7 @@ from types import ModuleType
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from csalr_plugin.errors import UserError
 from csalr_plugin.hosts.torchreid import host
@@ -80,8 +80,11 @@ def read_image(path: str) -> Image.Image:
         with Image.open(path) as image:
             return image.convert("RGB")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        if isinstance(error, UnidentifiedImageError):  # whose text is the path again
+            reason = "it is no image"
         raise UserError(
-            f"image '{path}' cannot be read ({error}); replace it, or remove it from the dataset."
+            f"image '{path}' cannot be read ({reason}); replace it, or remove it from the dataset."
         ) from None
 
 

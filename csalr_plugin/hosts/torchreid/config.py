@@ -101,9 +101,7 @@ HOST_CHECKS: dict[str, Check] = {
     "data.height": integer(1),
     "data.width": integer(1),
     "data.k_tfm": integer(1),
-    "data.transforms": list_of(
-        one_of("random_flip", "random_crop", "random_patch", "color_jitter", "random_erase")
-    ),
+    "data.transforms": list_of(one_of("random_flip", "random_crop", "random_patch", "color_jitter", "random_erase")),
     "sampler.train_sampler": _SAMPLER,
     "sampler.train_sampler_t": _SAMPLER,
     "sampler.num_instances": integer(1),
@@ -234,10 +232,7 @@ class Config(CfgNode):  # type: ignore[misc]  # yacs carries no types
         ours = self.csalr
         keys.check_groups(ours.groups, ours.key_ratio, ours.stages)
         self._check_names(settings)
-        if (
-            settings["loss.name"] == "triplet"
-            and settings["train.batch_size"] < 2 * settings["sampler.num_instances"]
-        ):
+        if settings["loss.name"] == "triplet" and settings["train.batch_size"] < 2 * settings["sampler.num_instances"]:
             raise UserError(
                 f"config key 'train.batch_size' is {settings['train.batch_size']}; it must be at least "
                 f"{2 * settings['sampler.num_instances']}, twice 'sampler.num_instances': the triplet loss "
@@ -332,9 +327,7 @@ def find_config(path: str | Path) -> Path:
     for root in own:
         if given.parts[:1] == ("configs",) and (root / Path(*given.parts[1:])).is_file():
             return root / Path(*given.parts[1:])
-    found = sorted(
-        {f"configs/{file.relative_to(root).as_posix()}" for root in own for file in root.rglob("*.yaml")}
-    )
+    found = sorted({f"configs/{file.relative_to(root).as_posix()}" for root in own for file in root.rglob("*.yaml")})
     hint = suggest(name, found) or (f" The plugin's own: {', '.join(found)}." if found else "")
     raise UserError(f"config file '{path}' does not exist; give the path of a .yaml file.{hint}")
 
@@ -358,9 +351,7 @@ def _read_yaml(path: Path) -> Mapping[str, Any]:
         reason = getattr(error, "problem", None) or getattr(error, "strerror", None) or "not text"
         raise UserError(f"config file '{path}'{where} cannot be read as YAML: {reason}.") from None
     if not isinstance(content, Mapping):
-        raise UserError(
-            f"config file '{path}' must hold a mapping of config keys, such as 'model: {{name: pcb}}'."
-        )
+        raise UserError(f"config file '{path}' must hold a mapping of config keys, such as 'model: {{name: pcb}}'.")
     return content
 
 

@@ -61,32 +61,54 @@ class _PluginTraining(_HostEngine):
     # -- the loss ---------------------------------------------------------------------------------------------
 
     def forward_backward(self, data: dict[str, Any]) -> dict[str, float]:
-        """One iteration of the host's loop: returns what is printed and goes to TensorBoard."""
+        """One step of the host's loop: returns what is printed and goes to TensorBoard."""
         if self.batch_idx < self._batches_done:  # trained before the stop that this run resumes from
-            self._draw_from(self.batch_idx + 1, "data")
-            return {}
-        self._draw_from(self.batch_idx, "model")
-        images, identities = self.parse_data_for_train(data)
-        device = next(self.model.parameters()).device
-        images, identities = images.to(device), identities.to(device)
-        outputs = self.model(images)
-        logits, features = outputs if isinstance(outputs, tuple) else (outputs, None)
-        terms, loss = self.loss_terms(logits, features, identities)
-        summary = {"loss": loss.item(), **{name: term.item() for name, term in terms.items()}}
-        self._require_finite(summary, images)
-        self.optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
-        gradient_norm = clip_gradients(self.network, self.settings.clip_gradient)
-        self._require_finite({"gradient norm": gradient_norm}, images)
-        self.warm_up.step(self.optimizer, self.epoch * self.num_batches + self.batch_idx)
-        if isinstance(self.network, PCB):
-            summary |= {f"alpha_{name}": block.alpha.item() for name, block in self.blocks.items()}
-            logits = [sum(logits[: self.network.parts])]  # the parts' vote, not the first part's alone
-        summary["acc"] = torchreid.metrics.accuracy(logits, identities)[0].item()
+            summary = {}
+        else:
+            self._draw_from(self.batch_idx, "model")
+            summary = self.iteration(data, self.epoch * self.num_batches + self.batch_idx)
         self._draw_from(self.batch_idx + 1, "data")
         if self._stopped:
             raise KeyboardInterrupt
         return summary
+
+    def iteration(self, data: dict[str, Any], number: int) -> dict[str, float]:
+        """Train on one batch of the host's loader.
+
+        Args:
+            data: the batch.
+            number: of the iteration, counted from 0 over the whole training; sets the warm-up.
+
+        Returns:
+            "loss", each term of Eq. 18, each block's "alpha", and "acc", the accuracy of the parts' vote in per cent.
+
+        Raises:
+            UserError: a term or a gradient is not finite; the weights are those from before the batch.
+        """
+        images, identities = self.parse_data_for_train(data)
+        device = next(self.model.parameters()).device
+        images, identities = images.to(device), identities.to(device)
+        with self._autocast():
+            outputs = self.model(images)
+        logits, features = outputs if isinstance(outputs, tuple) else (outputs, None)
+        logits = [one.float() for one in logits] if isinstance(logits, list) else logits.float()
+        terms, loss = self.loss_terms(logits, features, identities)
+        summary = {"loss": loss.item(), **{name: term.item() for name, term in terms.items()}}
+        self._require_finite(summary, images, number)
+        self.optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        gradient_norm = clip_gradients(self.network, self.settings.clip_gradient)
+        self._require_finite({"gradient norm": gradient_norm}, images, number)
+        self.warm_up.step(self.optimizer, number)
+        summary |= {f"alpha_{name}": block.alpha.item() for name, block in self.blocks.items()}
+        if isinstance(self.network, PCB):
+            logits = [sum(logits[: self.network.parts])]
+        summary["acc"] = torchreid.metrics.accuracy(logits, identities)[0].item()
+        return summary
+
+    def _autocast(self) -> torch.autocast:
+        device = next(self.model.parameters()).device.type
+        return torch.autocast(device, dtype=torch.bfloat16, enabled=self.settings.amp == "bf16")
 
     def loss_terms(
         self, logits: Sequence[Tensor] | Tensor, features: Tensor | None, identities: Tensor
@@ -115,11 +137,11 @@ class _PluginTraining(_HostEngine):
             loss = loss + self.settings.supervision_weight * branch
         return terms, loss
 
-    def _require_finite(self, terms: dict[str, float], images: Tensor) -> None:
+    def _require_finite(self, terms: dict[str, float], images: Tensor, number: int) -> None:
         bad = [f"{name} = {term}" for name, term in terms.items() if not math.isfinite(term)]
         if bad:
             raise UserError(
-                f"Training stopped at epoch {self.epoch + 1}, iteration {self.batch_idx + 1}: {', '.join(bad)}; "
+                f"Training stopped at epoch {self.epoch + 1}, iteration {number + 1}: {', '.join(bad)}; "
                 f"{self._first_non_finite(images)}. The last checkpoint is {self._last_checkpoint()}; go on from "
                 "it with a lower train.lr, csalr.attention_lr or csalr.clip_gradient."
             )
@@ -328,7 +350,9 @@ class _PluginTraining(_HostEngine):
         device = next(self.model.parameters()).device
         for batch in tqdm(loader, desc=f"Embedding {subset}", unit="batch", mininterval=2.0):
             images, batch_identities, batch_cameras = self.parse_data_for_eval(batch)
-            embeddings.append(self.extract_features(images.to(device)).float().cpu())
+            with self._autocast():
+                embedding = self.extract_features(images.to(device))
+            embeddings.append(embedding.float().cpu())
             identities += batch_identities.tolist()
             cameras += batch_cameras.tolist()
         stacked = torch.cat(embeddings)

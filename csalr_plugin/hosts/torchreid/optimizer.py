@@ -92,6 +92,8 @@ def clip_gradients(network: nn.Module, limit: float) -> float:
     norm = torch.nn.utils.get_total_norm([p.grad for p in network.parameters() if p.grad is not None])
     if limit and isinstance(network, PCB) and torch.isfinite(norm):
         for block in network.attention.values():
+            if block.alpha.grad is None:  # frozen, as while the part classifier trains alone
+                continue
             rest = [parameter for name, parameter in block.named_parameters() if name != "alpha"]
             torch.nn.utils.clip_grad_norm_(rest, limit)
             torch.nn.utils.clip_grad_value_(block.alpha, 0.1 * limit)  # type: ignore[arg-type]

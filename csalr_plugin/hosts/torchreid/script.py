@@ -66,7 +66,6 @@ def _interpreter_state(folder: Path) -> Iterator[None]:
     """Put `folder` first on the module path, and afterwards all that a script changes back as it was."""
     kept = sys.argv, sys.path[:], sys.stdout
     default_config_module = sys.modules.pop("default_config", None)
-    previous = set_active_config(None)
     sys.path.insert(0, str(folder))
     importlib.invalidate_caches()
     try:
@@ -77,7 +76,6 @@ def _interpreter_state(folder: Path) -> Iterator[None]:
         sys.modules.pop("default_config", None)
         if default_config_module is not None:
             sys.modules["default_config"] = default_config_module
-        set_active_config(previous)
 
 
 def _find_torchreid(script: Path) -> None:
@@ -145,6 +143,7 @@ def _plugin_in_place(argv: Sequence[str]) -> Iterator[list[str]]:
         ),
     )
     with ExitStack() as stack:
+        stack.callback(set_active_config, set_active_config(None))  # the one before, afterwards
         for module, functions in plugin:
             stack.enter_context(_replaced(module, functions))
         if host_defaults is not None:

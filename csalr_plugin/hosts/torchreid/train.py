@@ -272,7 +272,7 @@ def _refuse_to_overwrite(config: Config, folder: Path) -> None:
 def _logged(folder: Path, name: str) -> Iterator[None]:
     """Write what is printed to a log file in `folder` too, as the host's train script does."""
     path = folder / f"{name}.log-{time.strftime('%Y-%m-%d-%H-%M-%S')}"
-    with path.open("w", encoding="utf-8") as log:
+    with path.open("w", encoding="utf-8", buffering=1) as log:
 
         class Tee:
             def __init__(self, console: TextIO) -> None:

@@ -1,0 +1,28 @@
+"""Fixtures shared by all tests: a tiny data set, and one thread a process: tests run side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A root with the smallest demo data: enough to train a batch or two an epoch."""
+    from csalr_plugin.demo_data import make_demo_data
+
+    return make_demo_data(tmp_path_factory.mktemp("tiny") / "data", train_identities=4, test_identities=3)
+
+
+@pytest.fixture(autouse=True)
+def no_active_config() -> Iterator[None]:
+    """Each test starts and ends with the plugin's default settings."""
+    yield
+    from csalr_plugin.hosts.torchreid.config import set_active_config
+
+    set_active_config(None)

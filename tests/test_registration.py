@@ -1,0 +1,163 @@
+"""The plugin's models are in the host's registry, whichever is imported first."""
+
+from __future__ import annotations
+
+import importlib
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torchreid
+
+import csalr_plugin
+import csalr_plugin.hosts
+from csalr_plugin.errors import UserError
+from csalr_plugin.hosts import register_hosts
+from csalr_plugin.hosts.torchreid import dataset_names, model_registry, register
+from csalr_plugin.hosts.torchreid.config import default_config, set_active_config
+from csalr_plugin.models import MODEL_NAMES
+
+
+def test_the_hosts_registry_lists_the_eight_names(capsys: pytest.CaptureFixture[str]) -> None:
+    register()
+    torchreid.models.show_avai_models()
+    listed = capsys.readouterr().out
+    assert len(MODEL_NAMES) == 8
+    assert all(f"'{name}'" in listed for name in MODEL_NAMES)
+    assert "'resnet50'" in listed
+
+
+def test_registering_again_changes_nothing() -> None:
+    register()
+    before = dict(model_registry())
+    register_hosts()
+    register()
+    assert model_registry() == before
+
+
+def test_the_hosts_build_model_builds_with_the_active_settings() -> None:
+    register()
+    model = torchreid.models.build_model("pcb_csalr", num_classes=5, pretrained=False, use_gpu=False)
+    assert [model.attention[name].groups for name in model.attention] == [2, 2, 2]
+    config = default_config()
+    config.merge_from_list(["csalr.groups", "4", "csalr.stages", "3"])
+    previous = set_active_config(config)
+    try:
+        model = torchreid.models.build_model("pcb_csalr", num_classes=5, pretrained=False)
+    finally:
+        set_active_config(previous)
+    assert [model.attention[name].groups for name in model.attention] == [4]
+
+
+def test_a_model_of_another_plugin_is_not_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    register()
+    theirs = object()
+    monkeypatch.setitem(model_registry(), "pcb_sa", theirs)
+    with pytest.raises(UserError, match="'pcb_sa'") as error:
+        register()
+    assert "\n" not in str(error.value)
+    assert vars(torchreid.models)["__model_factory"]["pcb_sa"] is theirs
+
+
+def test_dataset_names_are_the_hosts() -> None:
+    assert "market1501" in dataset_names("image")
+    assert "mars" in dataset_names("video")
+
+
+def test_importing_the_plugin_after_the_host_registers(monkeypatch: pytest.MonkeyPatch) -> None:
+    registry = vars(torchreid.models)["__model_factory"]
+    for name in MODEL_NAMES:
+        monkeypatch.delitem(registry, name, raising=False)
+    importlib.reload(csalr_plugin)
+    assert set(MODEL_NAMES) <= set(registry)
+
+
+def test_importing_the_plugin_before_the_host_registers() -> None:
+    code = (
+        "import sys, csalr_plugin\nassert 'torchreid' not in sys.modules\nimport torchreid\n"
+        "from torchreid.utils import Logger\n"
+        "assert 'pcb_rpp_csalr' in vars(torchreid.models)['__model_factory']"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "Cython" not in done.stderr
+
+
+@pytest.fixture
+def imports(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
+    """A folder to import a host from, with no host imported and no hook installed before."""
+    hidden = {name: sys.modules.pop(name) for name in list(sys.modules) if name.split(".")[0] == "torchreid"}
+    monkeypatch.setattr(sys, "meta_path", [f for f in sys.meta_path if "AfterImport" not in type(f).__name__])
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    yield tmp_path
+    for name in [name for name in sys.modules if name.split(".")[0] == "torchreid"]:
+        del sys.modules[name]
+    sys.modules.update(hidden)
+    importlib.invalidate_caches()
+
+
+@pytest.fixture
+def registrations(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    calls: list[str] = []
+    monkeypatch.setattr(csalr_plugin.hosts, "_register_torchreid", lambda: calls.append("torchreid"))
+    return calls
+
+
+@pytest.mark.parametrize("layout", ["", "reid"])
+def test_a_host_of_either_layout_is_registered_once_right_after_its_import(
+    layout: str, imports: Path, registrations: list[str]
+) -> None:
+    package = imports / "torchreid"
+    (package / layout).mkdir(parents=True)
+    (package / layout / "__init__.py").write_text("")
+    (package / "__init__.py").write_text(f"from torchreid{'.' + layout if layout else ''} import models\n")
+    (package / layout / "models.py").write_text("")
+    importlib.invalidate_caches()
+    register_hosts()
+    register_hosts()
+    assert "torchreid" not in sys.modules
+    assert importlib.util.find_spec("torchreid") is not None
+    assert registrations == []
+    module = importlib.import_module("torchreid")
+    assert registrations == ["torchreid"]
+    assert module.__file__ == str(package / "__init__.py")
+    assert module.__spec__.loader is module.__loader__
+    importlib.import_module("json.tool")
+    assert registrations == ["torchreid"]
+
+
+def test_without_a_host_nothing_happens(
+    imports: Path, registrations: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "path", [str(imports)])
+    register_hosts()
+    importlib.invalidate_caches()
+    assert importlib.util.find_spec("torchreid") is None
+    with pytest.raises(ModuleNotFoundError, match="torchreid"):
+        importlib.import_module("torchreid")
+    assert registrations == []
+
+
+def test_a_host_that_fails_to_import_fails_as_it_would_alone(imports: Path, registrations: list[str]) -> None:
+    (imports / "torchreid").mkdir()
+    (imports / "torchreid" / "__init__.py").write_text("import a_module_that_is_missing\n")
+    importlib.invalidate_caches()
+    register_hosts()
+    with pytest.raises(ModuleNotFoundError, match="a_module_that_is_missing"):
+        importlib.import_module("torchreid")
+    with pytest.raises(UserError, match="'a_module_that_is_missing' is not installed"):
+        csalr_plugin.hosts.torchreid.host()
+    assert registrations == []
+
+
+def test_a_folder_that_only_bears_the_hosts_name_is_left_alone(
+    imports: Path, registrations: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (imports / "torchreid").mkdir()
+    monkeypatch.setattr(sys, "path", [str(imports)])
+    importlib.invalidate_caches()
+    register_hosts()
+    importlib.import_module("torchreid")
+    assert registrations == []
