@@ -116,14 +116,6 @@ def test_the_config_is_defaults_then_file_then_flags_then_overrides(tmp_path: Pa
     assert (config.data.sources, config.data.root) == (["msmt17"], "from_override")
 
 
-def test_a_gpu_is_used_only_where_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    assert config_from_arguments(parse("use_gpu True")).use_gpu is False
-    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
-    assert config_from_arguments(parse("")).use_gpu is True
-    assert config_from_arguments(parse("use_gpu False")).use_gpu is False
-
-
 def test_the_config_is_validated() -> None:
     with pytest.raises(UserError, match="pcb_csalr"):
         config_from_arguments(parse("model.name pcb_cslar"))

@@ -217,3 +217,28 @@ def test_a_model_of_the_hosts_own_trains_with_the_hosts_loss(tiny_data: Path, tm
     engine.model.train()
     summary = engine.iteration(batch, 0)
     assert set(summary) == {"loss", "L_F", "acc"}
+
+
+@pytest.mark.parametrize("engine_name", ["ImageSoftmaxEngine", "ImageTripletEngine"])
+def test_a_plugin_model_trains_under_the_hosts_own_engine(tiny_data: Path, tmp_path: Path, engine_name: str) -> None:
+    loss = "triplet" if "Triplet" in engine_name else "softmax"
+    ours = make_engine(settings(tiny_data, tmp_path, "loss.name", loss))
+    host = getattr(torchreid.engine, engine_name)(ours.datamanager, ours.model, ours.optimizer, use_gpu=False)
+    ours.model.train()
+    before = ours.network.conv5.layers[0].weight.clone()
+    summary = host.forward_backward(next(iter(ours.train_loader)))
+    assert all(torch.isfinite(torch.tensor(value)) for value in summary.values())
+    assert not torch.equal(before, ours.network.conv5.layers[0].weight)
+
+
+def test_the_hosts_feature_extractor_takes_a_checkpoint_of_the_plugins(tiny_data: Path, tmp_path: Path) -> None:
+    config = settings(tiny_data, tmp_path)
+    engine = make_engine(config)
+    engine.model.eval()
+    torch.save({"state_dict": engine.model.state_dict()}, tmp_path / "model.pth")
+    extractor = torchreid.utils.FeatureExtractor("pcb_csalr", str(tmp_path / "model.pth"), (64, 32), device="cpu")
+    loader = engine.test_loader["market1501"]["query"]
+    path, *_ = loader.dataset.query[0]
+    with torch.no_grad():
+        expected = engine.model(loader.dataset[0]["img"][None])
+    torch.testing.assert_close(extractor([path]), expected)

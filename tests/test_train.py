@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,8 @@ def arguments(data: Path, folder: Path, *overrides: Any) -> list[str]:
 def refusal(capsys: pytest.CaptureFixture[str], *words: str) -> str:
     """The one line that the command refuses `words` with."""
     assert main(list(words)) == 2
-    lines = [line for line in capsys.readouterr().err.splitlines() if "Checking images" not in line]
+    said = capsys.readouterr().err.splitlines()
+    lines = [line for line in said if line.strip() and not line.startswith("Checking images")]  # the progress bar
     assert len(lines) == 1, lines
     assert lines[0].startswith("csalr: error: ")
     return lines[0]
@@ -131,7 +133,7 @@ def test_a_checkpoint_of_another_architecture_is_refused_with_counts(
     other = build_model("pcb_csa", 4, pretrained=False, stages=(3,))
     torch.save({"state_dict": other.state_dict(), "epoch": 1}, path)
     line = refusal(capsys, *arguments(tiny_data, tmp_path / "log", key, path))
-    assert "attention.stage3.bases" in line or "attention.stage3.key" in line
+    assert re.search(r"\d+ (of the model's \d+ )?tensors", line) and "attention.stage3." in line
 
 
 def test_weights_that_cannot_be_downloaded_say_where_to_put_them_and_which_key_takes_a_path(
@@ -177,3 +179,17 @@ def test_the_paper_s_configs_hold_the_papers_settings() -> None:
         assert (config.csalr.landmarks, config.csalr.groups, config.csalr.stages) == ((12, 8), 2, (1, 2, 3))
         assert config.csalr.supervision_weight == 1.0
         assert config.csalr.rpp.pcb_epochs == 40
+
+
+def test_a_gpu_is_used_only_where_torch_sees_one(
+    tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from csalr_plugin.hosts.torchreid.config import default_config
+    from csalr_plugin.hosts.torchreid.train import prepare
+
+    for seen, asked, used in ((False, True, False), (True, True, True), (True, False, False)):
+        config = default_config()
+        config.merge_from_list(["data.root", str(tiny_data), "data.save_dir", str(tmp_path), "use_gpu", asked])
+        monkeypatch.setattr(torch.cuda, "is_available", lambda seen=seen: seen)
+        prepare(config)
+        assert config.use_gpu is used

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from csalr_plugin.attention.block import AttentionBlock
 from csalr_plugin.attention.compressed import CompressedSelfAttention
 from csalr_plugin.attention.csalr import CSALR
@@ -42,10 +44,10 @@ def build_attention(
     Raises:
         UserError: for an unknown name, or settings that no block can have.
     """
-    pair = tuple(landmarks)
+    pair = tuple(landmarks) if isinstance(landmarks, Sequence) else ()
     if len(pair) != 2 or not all(isinstance(size, int) and size > 0 for size in pair):
         raise UserError(f"landmarks {landmarks!r} must be two positive integers (H', W'), for example (12, 8).")
-    if not 0 < key_ratio <= 1:
+    if not isinstance(key_ratio, (int, float)) or not 0 < key_ratio <= 1:
         raise UserError(f"key_ratio {key_ratio!r} must be above 0 and at most 1.")
     if name == "sa":
         return SelfAttention(channels, key_ratio=key_ratio)

@@ -37,7 +37,7 @@ class AttentionBlock(nn.Module, ABC):
             raise UserError(
                 f"key_ratio {key_ratio!r} leaves no channel of {channels}: allowed is {1 / channels:g} to 1."
             )
-        if groups < 1 or channels % groups or key_channels % groups:
+        if type(groups) is not int or groups < 1 or channels % groups or key_channels % groups:
             raise UserError(
                 f"groups {groups!r} must be a positive integer that divides the {channels} channels of the "
                 f"feature map and the {key_channels} channels of queries and keys."
@@ -96,22 +96,24 @@ class AttentionBlock(nn.Module, ABC):
     def _join(self, attended: Tensor, like: Tensor) -> Tensor:
         """Groups into a feature map, fused: (B, groups, C/groups, n) -> (B, C, H, W)."""
         image = attended.reshape(like.shape)
-        return self.fuse(image) if self.groups > 1 else image
+        if self.groups == 1:
+            return image
+        with autocast_like(image):  # as wide as O is: 1000 max |V| exceeds fp16
+            return self.fuse(image)
 
 
 @contextmanager
 def observing(block: AttentionBlock) -> Iterator[None]:
     """No gradient, and batch norms that leave their running statistics alone, for the length of a with statement."""
     norms = [norm for norm in block.norm.values() if isinstance(norm, nn.BatchNorm1d)]
-    momenta = [norm.momentum for norm in norms]
     for norm in norms:
-        norm.momentum = 0.0
+        norm.track_running_stats = False
     try:
         with torch.no_grad():
             yield
     finally:
-        for norm, momentum in zip(norms, momenta, strict=True):
-            norm.momentum = momentum
+        for norm in norms:
+            norm.track_running_stats = True
 
 
 def soften(norm: nn.Module, width: int) -> None:

@@ -88,5 +88,24 @@ class CSALR(AttentionBlock):
         raised = (floor - own).clamp(min=0) / (1 - own.clamp(max=floor))  # share given to the landmark itself
         identity = torch.eye(S_mm.shape[-1], dtype=S_mm.dtype, device=S_mm.device)
         system = S_mm * (1 - raised) + identity * (1 + raised)
+        with autocast_like(system):
+            return solve_dominant(system, E.to(system.dtype))
+
+
+def solve_dominant(system: Tensor, right: Tensor) -> Tensor:
+    """system^-1 right for diagonally dominant systems (..., m, m), (..., m, c), by halves down to 128 rows.
+
+    torch's batched LU on the CPU is wrong beyond 150 rows after torch.set_num_threads(2) (pytorch #142815).
+    The Schur complement of a dominant system is dominant too, so halves need no pivoting across them.
+    """
+    m = system.shape[-1]
+    if m <= 128:
         # solve_ex: the check for singularity would be a synchronisation, and it cannot be singular.
-        return torch.linalg.solve_ex(system, E.to(system.dtype))[0]
+        return torch.linalg.solve_ex(system, right)[0]
+    half = m // 2
+    A, B = system[..., :half, :half], system[..., :half, half:]
+    C, D = system[..., half:, :half], system[..., half:, half:]
+    solved = solve_dominant(A, torch.cat([B, right[..., :half, :]], dim=-1))  # A^-1 [B, r_1]
+    A_B, A_r = solved[..., : m - half], solved[..., m - half :]
+    lower = solve_dominant(D - C @ A_B, right[..., half:, :] - C @ A_r)
+    return torch.cat([A_r - A_B @ lower, lower], dim=-2)

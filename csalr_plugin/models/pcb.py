@@ -101,10 +101,13 @@ class PCB(nn.Module):
         super().__init__()
         if loss not in ("softmax", "triplet"):
             raise UserError(f"loss {loss!r} is not known: allowed is 'softmax' or 'triplet'.")
-        if not stages or len(set(stages)) != len(stages) or not set(stages) <= set(STAGE_CHANNELS):
+        given = tuple(stages) if isinstance(stages, Sequence) else ()
+        allowed = all(type(stage) is int and stage in STAGE_CHANNELS for stage in given)
+        if not given or not allowed or len(set(given)) != len(given):
             raise UserError(f"stages {stages!r} must be distinct integers from 1 to 4, for example (1, 2, 3).")
         self.loss, self.parts, self.feature_dim = loss, parts, parts * STAGE_CHANNELS[4]
-        resnet = torchvision.models.resnet50(weights=None)
+        # Residual branches that start at zero: from random weights the network then learns several times faster.
+        resnet = torchvision.models.resnet50(weights=None, zero_init_residual=True)
         for layer in (resnet.layer4[0].conv2, resnet.layer4[0].downsample[0]):
             layer.stride = (1, 1)
         for name in ("conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3", "layer4"):
@@ -147,7 +150,8 @@ class PCB(nn.Module):
         """Images (B, 3, H, W) to what the mode and the loss ask for.
 
         Returns:
-            In eval mode the embedding (B, parts * 2048): each part's 2048-vector has unit length. In training
+            In eval mode the embedding (B, parts * 2048): each part's 2048-vector has unit length; a
+            channel's parts lie side by side, as in the host's PCB. In training
             mode with loss "softmax" a list of logits (B, num_classes), the parts first, then the supervision
             branches in the order of the stages; with "triplet" that list and the embedding. With
             `return_featuremaps` the last feature map (B, 2048, H/16, W/16).
@@ -183,6 +187,7 @@ class RefinedPCB(PCB):
         self.refining = True
         self.part_classifier = nn.Conv2d(STAGE_CHANNELS[4], self.parts, 1)
         nn.init.normal_(self.part_classifier.weight, std=0.001)
+        nn.init.zeros_(cast(Tensor, self.part_classifier.bias))
 
     def pool_parts(self, features: Tensor) -> Tensor:
         """Part features, 6 * mean over positions of weight * feature: (B, 2048, H, W) -> (B, 2048, parts, 1)."""

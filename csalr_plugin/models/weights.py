@@ -51,7 +51,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
                 "only tensors and plain values are read. Save it again as a state dict."
             ) from error
         raise UserError(_damaged(path)) from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError) as error:
+    except Exception as error:  # torch's reader raises anything on damaged bytes
         raise UserError(_damaged(path)) from error
     if not isinstance(content, Mapping):
         raise UserError(f"Checkpoint {str(path)!r} holds a {type(content).__name__}, not a dictionary of weights.")
@@ -69,10 +69,12 @@ def _damaged(path: str | Path) -> str:
 def state_dict_of(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
     """The weights inside a checkpoint, without DataParallel's "module." and torch.compile's "_orig_mod."."""
     state = checkpoint.get("state_dict", checkpoint)
+    if not isinstance(state, Mapping):
+        return {}
     return {
         name.removeprefix("module.").removeprefix("_orig_mod."): value
         for name, value in state.items()
-        if isinstance(value, Tensor)
+        if isinstance(name, str) and isinstance(value, Tensor)
     }
 
 
@@ -101,33 +103,27 @@ def load_weights(model: nn.Module, path: str | Path) -> LoadReport:
     given = state_dict_of(read_checkpoint(path))
     wanted = model.state_dict()
     fits = {name: value for name, value in given.items() if name in wanted and value.shape == wanted[name].shape}
-    missing = [name for name in wanted if name not in fits]
-    excused = [
-        name
-        for name in missing
-        if (name.split(".")[0] in NEW_LAYERS and name not in given)
-        or (name.split(".")[0] in IDENTITY_LAYERS)
-        or name.endswith("num_batches_tracked")
-    ]
-    wrong = [name for name in missing if name not in excused]
-    unknown = [name for name in given if name not in wanted and name.split(".")[0] not in IDENTITY_LAYERS]
-    partly_new = [child for child in NEW_LAYERS if sum(name.startswith(child + ".") for name in excused) > 0]
-    half = [
-        name
-        for name in excused
-        if name.split(".")[0] in partly_new
-        and name.split(".")[0] not in IDENTITY_LAYERS
-        and any(loaded.startswith(name.split(".")[0] + ".") for loaded in given)
-    ]
-    if wrong or unknown or half:
-        examples = ", ".join([*wrong, *half, *unknown][:4])
+    given_children, wanted_children = ({name.split(".")[0] for name in names} for names in (given, wanted))
+
+    def may_stay(name: str) -> bool:
+        child = name.split(".")[0]
+        if child in IDENTITY_LAYERS and name in given:
+            return given[name].shape[1:] == wanted[name].shape[1:]  # another number of identities
+        return (child in NEW_LAYERS and child not in given_children) or name.endswith("num_batches_tracked")
+
+    left = [name for name in wanted if name not in fits]
+    wrong = [name for name in left if not may_stay(name)]
+    heads = set(IDENTITY_LAYERS) - wanted_children  # a classifier that the model has no use for
+    unknown = [name for name in given if name not in wanted and name.split(".")[0] not in heads]
+    if wrong or unknown:
+        examples = ", ".join([*wrong, *unknown][:4])
         raise UserError(
-            f"Checkpoint {str(path)!r} is of another architecture: {len(wrong) + len(half)} of the model's "
+            f"Checkpoint {str(path)!r} is of another architecture: {len(wrong)} of the model's "
             f"{len(wanted)} tensors are missing or of another shape, {len(unknown)} of the checkpoint's "
             f"{len(given)} are unknown to it ({examples}, ...). Name the model that it was trained with."
         )
     model.load_state_dict(fits, strict=False)
-    return LoadReport(tuple(fits), tuple(excused))
+    return LoadReport(tuple(fits), tuple(left))
 
 
 def load_backbone(model: nn.Module, path: str = "") -> None:
@@ -165,7 +161,7 @@ def _download(weights: ResNet50_Weights) -> Mapping[str, Tensor]:
         return weights.get_state_dict(progress=True, check_hash=True)
     except (URLError, OSError, RuntimeError) as error:
         place = Path(torch.hub.get_dir()) / "checkpoints" / weights.url.rsplit("/", 1)[-1]
-        reason = str(getattr(error, "reason", error)).splitlines()[0]
+        reason = (str(getattr(error, "reason", error)).splitlines() or [type(error).__name__])[0]
         raise UserError(
             f"ImageNet weights cannot be downloaded ({reason}): put {weights.url} at {str(place)!r}, or give the "
             "path of a torchvision ResNet-50 state dict as csalr.pretrained_weights, or start from random "

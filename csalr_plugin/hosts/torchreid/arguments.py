@@ -54,8 +54,6 @@ def parse_arguments(argv: Sequence[str], prog: str) -> Arguments:
 def config_from_arguments(arguments: Arguments) -> Config:
     """Return the config that the arguments make: defaults, then file, then flags, then overrides; validated.
 
-    `use_gpu` ends as False where torch sees no GPU.
-
     Raises:
         UserError: for any setting that is not allowed.
     """
@@ -67,9 +65,6 @@ def config_from_arguments(arguments: Arguments) -> Config:
             config.merge_from_list([f"data.{name}", value])
     config.merge_from_list(arguments.overrides)
     config.validate()
-    import torch
-
-    config.use_gpu = config.use_gpu and torch.cuda.is_available()
     return config
 
 

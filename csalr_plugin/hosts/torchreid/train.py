@@ -101,7 +101,7 @@ def build_datamanager(config: Config) -> Any:
 def _data_message(config: Config, error: Exception) -> str:
     names = ", ".join(dict.fromkeys([*config.data.sources, *config.data.targets]))
     root = Path(config.data.root)
-    empty = [folder for folder, folders, files in os.walk(root) if not folders and not files]
+    empty = [folder for folder, *content in os.walk(root) if not any(content) and folder != str(root)]
     if isinstance(error, (URLError, OSError)) and not empty:
         what = f"is not there and cannot be downloaded ({str(error).splitlines()[0]})"
     elif empty:
@@ -227,13 +227,14 @@ def resume_from_checkpoint(fpath: str, model: nn.Module, optimizer: Any = None, 
 
 
 def prepare(config: Config) -> None:
-    """Check, before anything is read or written, that a run can go through.
+    """Check, before anything is read or written, that a run can go through; `use_gpu` becomes what is possible.
 
     Raises:
         UserError: for settings that are not allowed, a data root that is missing, a save folder that cannot be
             written, or one with an earlier run's checkpoints that this run would replace.
     """
     config.validate()
+    config.use_gpu = config.use_gpu and torch.cuda.is_available()
     root, folder = Path(config.data.root).expanduser(), Path(config.data.save_dir).expanduser()
     if not root.is_dir():
         raise UserError(

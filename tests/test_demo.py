@@ -1,0 +1,34 @@
+"""The demo command, from data to table, on the smallest settings."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+import pytest
+import yaml
+
+from csalr_plugin import demo
+from csalr_plugin.commands import main
+from csalr_plugin.demo_data import make_demo_data
+from csalr_plugin.hosts.torchreid.config import find_config
+
+
+def test_the_demo_ends_with_a_table_and_says_where_everything_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    content = yaml.safe_load(find_config(demo.CONFIG).read_text())
+    content["train"] |= {"max_epoch": 1, "batch_size": 8, "stepsize": [1]}
+    content["data"] |= {"height": 64, "width": 32}
+    (tmp_path / "demo.yaml").write_text(yaml.safe_dump(content))
+    monkeypatch.setattr(demo, "CONFIG", str(tmp_path / "demo.yaml"))
+    monkeypatch.setattr(demo, "make_demo_data", partial(make_demo_data, train_identities=4, test_identities=3))
+    out = tmp_path / "out"
+    assert main(["demo", "--out", str(out)]) == 0
+    said = capsys.readouterr().out
+    table = said[said.rindex("pcb_csalr on the demo data") :]
+    for word in ("before training", "after training", "mAP", "rank-1", "rank-5", "rank-10", "checkpoint"):
+        assert word in table
+    assert (out / "run-1" / "model" / "model.pth.tar-1").is_file()
+    assert list((out / "run-1").glob("events.out.tfevents.*"))
+    assert list((out / "run-1" / "after" / "visrank_market1501").glob("*.jpg"))
