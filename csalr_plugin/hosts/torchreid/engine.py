@@ -9,7 +9,7 @@ import os
 import random
 import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
 from types import FrameType
@@ -39,7 +39,10 @@ def plugin_engine(host_engine: type) -> type:
 
 
 _HostEngine: Any = object  # in what `plugin_engine` makes, the host's engine comes next
-_HostLoss = Callable[[Tensor, Tensor], Tensor]
+
+
+class _StopBetweenBatches(KeyboardInterrupt):
+    """Ctrl-C, once the batch that it came in is done: weights and optimizer are whole."""
 
 
 class _PluginTraining(_HostEngine):
@@ -57,8 +60,8 @@ class _PluginTraining(_HostEngine):
         self.results: dict[str, dict[str, float]] = {}
         self._rolling: Path | None = None
         self._stopped = False
-
-    # -- the loss ---------------------------------------------------------------------------------------------
+        self._batches_done = 0  # of this epoch, before the stop that this run resumes from
+        self._completed = 0  # of this epoch, by now
 
     def forward_backward(self, data: dict[str, Any]) -> dict[str, float]:
         """One step of the host's loop: returns what is printed and goes to TensorBoard."""
@@ -68,8 +71,9 @@ class _PluginTraining(_HostEngine):
             self._draw_from(self.batch_idx, "model")
             summary = self.iteration(data, self.epoch * self.num_batches + self.batch_idx)
         self._draw_from(self.batch_idx + 1, "data")
+        self._completed = self.batch_idx + 1
         if self._stopped:
-            raise KeyboardInterrupt
+            raise _StopBetweenBatches
         return summary
 
     def iteration(self, data: dict[str, Any], number: int) -> dict[str, float]:
@@ -174,8 +178,6 @@ class _PluginTraining(_HostEngine):
         weights = [name for name, value in self.network.named_parameters() if not torch.isfinite(value).all()]
         return f"every block's output is finite{f', weights that are not: {weights[0]}' if weights else ''}"
 
-    # -- the loop ---------------------------------------------------------------------------------------------
-
     def run(self, save_dir: str = "log", **options: Any) -> None:
         """The host's `run`; Ctrl-C leaves a checkpoint that resumes, in the middle of an epoch too."""
         self.save_dir = Path(save_dir)
@@ -186,17 +188,16 @@ class _PluginTraining(_HostEngine):
 
         Random numbers are drawn from (seed, epoch, batch), so that a resumed run equals one without a stop.
         """
-        self._batches_done = self.optimizer.param_groups[0].get("batches_done", 0)
+        self._batches_done = self._completed = self.optimizer.param_groups[0].get("batches_done", 0)
         self._draw_from(0, "epoch")
         with self._stop_between_batches():
             try:
                 super().train(*args, **options)
-            except (KeyboardInterrupt, RuntimeError) as error:
+            except (_StopBetweenBatches, RuntimeError) as error:
                 # A worker that got the same Ctrl-C may die first: the host's loop then sees a RuntimeError.
                 if not self._stopped:
                     raise
-                done = max(self._batches_done, self.batch_idx + isinstance(error, KeyboardInterrupt))
-                self._save_interrupted(done)
+                self._save_interrupted()
                 raise KeyboardInterrupt from error
         self._mark_batches_done(0)
         self._save_rolling()
@@ -241,8 +242,6 @@ class _PluginTraining(_HostEngine):
             for number, handler in before.items():
                 signal.signal(number, handler)
 
-    # -- checkpoints ------------------------------------------------------------------------------------------
-
     def save_model(self, epoch: int, rank1: float, save_dir: str, is_best: bool = False) -> None:
         """Save as the host does, in one step (a half-written file never bears the name), and plain numbers only."""
         path = self._save(f"model.pth.tar-{epoch + 1}", epoch + 1, float(rank1))
@@ -255,16 +254,16 @@ class _PluginTraining(_HostEngine):
         if before and before != self._rolling:
             before.unlink(missing_ok=True)
 
-    def _save_interrupted(self, batches_done: int) -> None:
+    def _save_interrupted(self) -> None:
         # Within the optimizer's state, which the host's own resuming carries over.
-        self._mark_batches_done(batches_done)
-        path = self._save(f"model.pth.tar-{self.epoch}-batch{batches_done}", self.epoch)
+        done = max(self._batches_done, self._completed)
+        self._mark_batches_done(done)
+        path = self._save(f"model.pth.tar-{self.epoch}-batch{done}", self.epoch)
         print(f"Go on with: model.resume {path}")
 
     def _mark_batches_done(self, number: int) -> None:
         for group in self.optimizer.param_groups:
             group["batches_done"] = number
-        self._batches_done = number
 
     def _save(self, name: str, epoch: int, rank1: float | None = None) -> Path:
         folder = self.save_dir / "model"
@@ -287,8 +286,6 @@ class _PluginTraining(_HostEngine):
     def _last_checkpoint(self) -> str:
         saved = sorted((self.save_dir / "model").glob("model.pth.tar-*"), key=lambda path: path.stat().st_mtime)
         return repr(str(saved[-1])) if saved else "the one that training started from"
-
-    # -- evaluation -------------------------------------------------------------------------------------------
 
     @torch.inference_mode()
     def _evaluate(
