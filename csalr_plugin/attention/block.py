@@ -135,10 +135,9 @@ def full_range(*tensors: Tensor) -> list[Tensor]:
 
 def autocast_like(tensor: Tensor) -> AbstractContextManager[None]:
     """Autocast for what follows :func:`full_range`: on for bf16 tensors, off for all others."""
-    device = tensor.device.type
-    if not torch.amp.is_autocast_available(device):  # the meta device, on which costs are counted
+    if tensor.is_meta:  # costs are counted there, and autocast does not know that device
         return nullcontext()
-    return torch.autocast(device, dtype=torch.bfloat16, enabled=tensor.dtype is torch.bfloat16)
+    return torch.autocast(tensor.device.type, dtype=torch.bfloat16, enabled=tensor.dtype is torch.bfloat16)
 
 
 def softmax(logits: Tensor, dim: int = -1) -> Tensor:
