@@ -1,7 +1,7 @@
 """Does every attention train stably at the paper's learning rates? Trains each for some iterations and says so.
 
     python projects/stability/run.py --out stability --data demo=demo-output/data [--data NAME=ROOT ...]
-        [--weights resnet50.pth]
+        [--weights resnet50.pth] [KEY VALUE ...]
 
 Each run trains in a few minutes and writes a file; a run whose file is there is not repeated, so the study can be
 stopped at any time and started again. README.md beside this file says what is measured.
@@ -49,6 +49,7 @@ def main() -> int:
     parser.add_argument("--height", type=int, default=384)
     parser.add_argument("--width", type=int, default=128)
     parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("overrides", nargs="*", metavar="KEY VALUE", help="further keys, such as csalr.amp bf16")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     starts = ("random", "pretrained", "pretrained x10") if options.weights else ("random",)
@@ -80,7 +81,7 @@ def train(options: argparse.Namespace, root: str, start: str, model_name: str, s
         "train.batch_size": options.batch_size,
         "train.seed": seed,
     }
-    config.merge_from_list([item for pair in overrides.items() for item in pair])
+    config.merge_from_list([item for pair in overrides.items() for item in pair] + options.overrides)
     config.use_gpu = torch.cuda.is_available()
     register()
     set_active_config(config)
