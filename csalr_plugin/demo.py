@@ -12,7 +12,7 @@ from csalr_plugin.demo_data import make_demo_data
 from csalr_plugin.hosts.torchreid.config import Config, default_config
 from csalr_plugin.hosts.torchreid.train import train
 
-CONFIG = "configs/torchreid/pcb_demo_96x48_adam.yaml"
+CONFIG = "configs/torchreid/pcb_demo_64x32_adam.yaml"
 
 
 def run_demo(out: Path, seed: int = 0) -> dict[str, dict[str, float]]:
