@@ -62,6 +62,14 @@ class AttentionBlock(nn.Module, ABC):
         """(B, C, H, W) -> (B, C, H, W); the identity as long as alpha is 0."""
         return self.gate(x, self.attend(x))
 
+    def supervised(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """``forward(x)`` and what a deep supervision branch sees, the mean over positions of ``x * attend(x)``.
+
+        (B, C, H, W) -> (B, C, H, W), (B, C).
+        """
+        attended = self.attend(x)
+        return self.gate(x, attended), (x * attended).mean(dim=(2, 3))
+
     @abstractmethod
     def diagnose(self, x: Tensor) -> dict[str, float]:
         """How far the maps over x, (B, C, H, W), are from saturation in the mode of now: "largest_logit", in size."""

@@ -25,10 +25,11 @@ def identity_classifier(channels: int, num_classes: int) -> nn.Linear:
 
 
 class Supervision(nn.Module):
-    """A deep supervision branch: the attended stage output to logits of the identities (training only).
+    """A deep supervision branch's end: from the pooled product to logits of the identities (training only).
 
-    Stage output times attention output, element by element; global average; one linear layer. The batch norm
-    before the linear layer folds into it at test time, and keeps its input at the scale that it can learn from.
+    The branch is stage output times attention output, element by element; global average (both in
+    `AttentionBlock.supervised`); one linear layer. The batch norm before the linear layer folds into it at test
+    time, and keeps its input at the scale that it can learn from.
 
     Args:
         channels: C of the stage.
@@ -42,9 +43,9 @@ class Supervision(nn.Module):
         nn.init.constant_(self.norm.weight, 0.5 * (256 / channels) ** 0.5)
         self.classifier = identity_classifier(channels, num_classes)
 
-    def forward(self, x: Tensor, attended: Tensor) -> Tensor:
-        """(B, C, H, W), (B, C, H, W) -> (B, num_classes)."""
-        return self.classifier(self.norm((x * attended).mean(dim=(2, 3))))
+    def forward(self, pooled: Tensor) -> Tensor:
+        """(B, C) -> (B, num_classes)."""
+        return self.classifier(self.norm(pooled))
 
 
 class PartReduction(nn.Module):
@@ -136,10 +137,11 @@ class PCB(nn.Module):
             stage = f"stage{number}"
             if stage in self.attention:
                 block = cast(AttentionBlock, self.attention[stage])
-                attended = block.attend(x)
                 if self.training:
-                    branch_logits.append(self.supervision[stage](x, attended))
-                x = block.gate(x, attended)
+                    x, pooled = block.supervised(x)
+                    branch_logits.append(self.supervision[stage](pooled))
+                else:
+                    x = block(x)
         return x, branch_logits
 
     def pool_parts(self, features: Tensor) -> Tensor:

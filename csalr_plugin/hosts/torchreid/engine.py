@@ -156,9 +156,9 @@ class _PluginTraining(_HostEngine):
         found: list[str] = []
 
         def watch(name: str, layer: nn.Module) -> Any:
-            # A supervision branch is given what its block attended; every other layer gives its own output.
+            # A supervision branch is given what its block attended, pooled; every other layer gives its own output.
             def hook(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-                seen = inputs[1] if name.startswith("block") else output
+                seen = inputs[0] if name.startswith("block") else output
                 if not torch.isfinite(seen).all():
                     found.append(name)
 
