@@ -1,0 +1,1 @@
+"""Studies: a folder each, with its README. Commands of `csalr` run them."""

@@ -1,0 +1,1 @@
+"""What each model costs, measured side by side: `csalr bench`."""

@@ -1,0 +1,1 @@
+"""Every table and figure of the paper: `csalr reproduce` and `csalr attention-maps`."""
