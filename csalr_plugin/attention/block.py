@@ -97,6 +97,42 @@ class AttentionBlock(nn.Module, ABC):
         """The batch norm that belongs to projection `name`: (B, C_out, any) -> the same shape."""
         return self.norm[name](projected) if name in self.norm else projected
 
+    def _training_norm(self, name: str) -> nn.BatchNorm1d | None:
+        """The batch norm of projection `name` where it goes by the statistics of the batch."""
+        norm = self.norm[name] if name in self.norm else None
+        return norm if isinstance(norm, nn.BatchNorm1d) and norm.training else None
+
+    def _affine(self, name: str) -> tuple[Tensor, Tensor]:
+        """Gain and shift, (C_out,), of what follows the weight of projection `name`: its bias and its batch norm.
+
+        While that goes by the statistics of the batch, they are those after normalisation.
+        """
+        bias = getattr(self, name).bias
+        if name not in self.norm:
+            return torch.ones_like(bias), bias
+        norm = self.norm[name]
+        assert isinstance(norm, nn.BatchNorm1d) and norm.running_mean is not None and norm.running_var is not None
+        if norm.training:
+            # Normalisation takes the bias away again. Its gradient is 0, not missing.
+            return norm.weight, norm.bias + 0 * bias
+        gain = norm.weight * (norm.running_var + norm.eps).rsqrt()
+        return gain, norm.bias + (bias - norm.running_mean) * gain
+
+    @torch.no_grad()
+    def _track(self, name: str, mean: Tensor, variance: Tensor, count: int) -> None:
+        """Update the running statistics of projection `name`, as its batch norm would.
+
+        `mean` and biased `variance`, (C_out,), are those of `count` values without the projection's bias.
+        """
+        norm = self.norm[name]
+        assert isinstance(norm, nn.BatchNorm1d) and norm.running_mean is not None and norm.running_var is not None
+        if not norm.track_running_stats or norm.num_batches_tracked is None:
+            return
+        norm.num_batches_tracked += 1
+        momentum = norm.momentum if norm.momentum is not None else 1 / float(norm.num_batches_tracked)
+        norm.running_mean.lerp_((mean + getattr(self, name).bias).to(norm.running_mean.dtype), momentum)
+        norm.running_var.lerp_((variance * (count / max(count - 1, 1))).to(norm.running_var.dtype), momentum)
+
     def _split(self, features: Tensor) -> Tensor:
         """Channels into groups: (B, C, n) -> (B, groups, C/groups, n)."""
         return features.unflatten(1, (self.groups, -1))  # type: ignore[no-untyped-call]
@@ -131,6 +167,17 @@ def soften(norm: nn.Module, width: int) -> None:
     """
     assert isinstance(norm, nn.BatchNorm1d)
     nn.init.constant_(norm.weight, width**-0.25)
+
+
+def working_type(x: Tensor) -> torch.dtype:
+    """In which type to compute: that of x or of autocast, but fp32 in place of fp16.
+
+    Raw dot products and the inverse's bound exceed fp16's range, 65504; bf16 has the range of fp32.
+    """
+    dtype = x.dtype
+    if not x.is_meta and torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+    return torch.float32 if dtype is torch.float16 else dtype
 
 
 def full_range(*tensors: Tensor) -> list[Tensor]:

@@ -5,16 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from csalr_plugin.attention.block import (
-    AttentionBlock,
-    autocast_like,
-    full_range,
-    logit_scale,
-    observing,
-    soften,
-    softmax,
-)
+from csalr_plugin.attention.block import AttentionBlock, observing, soften, working_type
 from csalr_plugin.attention.landmarks import LandmarkGrid
+from csalr_plugin.attention.low_rank import LowRankAttention
 
 
 class CSALR(AttentionBlock):
@@ -24,7 +17,8 @@ class CSALR(AttentionBlock):
 
         S_nm = softmax(Q K'^T) (Eq. 15)    S_mm = softmax(Q' K'^T) (Eq. 16)    S_mn = softmax(Q' K^T) (Eq. 13).
 
-    It is evaluated from the right, so neither an n x n map nor the n x m product W of Eq. 14 is formed.
+    It is evaluated from the right, so neither an n x n map nor the n x m product W of Eq. 14 is formed; how is said
+    in `csalr_plugin.attention.low_rank`.
 
     The paper says that (S_mm + I)^-1 always exists; in floating point two landmarks that attend only to each
     other make it singular. So a landmark attends to itself with at least ``self_attention_floor``: the rows of
@@ -52,21 +46,48 @@ class CSALR(AttentionBlock):
 
     def attend(self, x: Tensor) -> Tensor:
         """O of Eq. 17 before gate and residual: (B, C, H, W) -> (B, C, H, W)."""
-        grid = LandmarkGrid(x.shape[-2], x.shape[-1], self.landmarks, x.device)
-        Q, K, V = full_range(self._project("query", x), self._project("key", x), self.value(x).flatten(2))
-        with autocast_like(Q):
-            Q, K, V = self._split(Q), self._split(K), self._split(V)  # B, groups, C'/groups or c, n
-            scale = logit_scale(Q, K)
-            Q_landmark, K_landmark = grid.pool(Q) * scale, grid.pool(K) * scale  # B, groups, C'/groups, m
-            S_nm = softmax(Q.mT @ K_landmark)  # B, groups, n, m
-            S_mm = softmax(Q_landmark.mT @ grid.pool(K))  # B, groups, m, m
-            S_mn = softmax(Q_landmark.mT @ K)  # B, groups, m, n
-            E = S_mn @ V.mT  # B, groups, m, c
-            # Rows of S_mn sum to 1, so an affine map of E is the same map of V: it folds into `value`.
-            E = self._split(self._normalise("value", E.mT.flatten(1, 2))).mT  # B, groups, m, c
-            Z = self._solve(S_mm, E)  # B, groups, m, c
-            attended = Z.mT @ (S_nm + grid.membership(S_nm.dtype)).mT  # B, groups, c, n
-        return self._join(attended, x)
+        return self._evaluate(x, None, pooled=False)[0]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x + alpha * O`` (Eq. 17): (B, C, H, W) -> (B, C, H, W); the identity as long as alpha is 0."""
+        return self._evaluate(x, self.alpha, pooled=False)[0]
+
+    def supervised(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """``forward(x)`` and the mean over positions of ``x * O``: (B, C, H, W) -> (B, C, H, W), (B, C)."""
+        return self._evaluate(x, self.alpha, pooled=True)
+
+    def _evaluate(self, x: Tensor, alpha: Tensor | None, pooled: bool) -> tuple[Tensor, Tensor]:
+        dtype = working_type(x)
+        wide = torch.promote_types(dtype, torch.float32)
+        names = ("query", "key", "value")
+        gains, shifts = zip(*(self._affine(name) for name in names), strict=True)
+        value_norm, fuse = self._training_norm("value"), getattr(self, "fuse", None)
+        out, mean, *statistics = LowRankAttention.apply(
+            x,
+            self.query.weight.flatten(1),
+            self.key.weight.flatten(1),
+            torch.cat(gains[:2]).to(wide),
+            torch.cat(shifts[:2]).to(wide),
+            self.value.weight.flatten(1),
+            gains[2].to(wide),
+            shifts[2].to(wide),
+            None if fuse is None else fuse.weight.flatten(1),
+            None if fuse is None else fuse.bias,
+            alpha,
+            self.groups,
+            self.landmarks,
+            self.self_attention_floor,
+            None if value_norm is None else value_norm.eps,
+            pooled,
+            dtype,
+        )
+        if value_norm is not None:
+            mean_qk, variance_qk, mean_e, variance_e = statistics
+            rows = len(x) * LandmarkGrid(x.shape[2], x.shape[3], self.landmarks, x.device).m
+            self._track("query", mean_qk[: self.key_channels], variance_qk[: self.key_channels], x[:, 0].numel())
+            self._track("key", mean_qk[self.key_channels :], variance_qk[self.key_channels :], x[:, 0].numel())
+            self._track("value", mean_e, variance_e, rows)
+        return out, mean
 
     def diagnose(self, x: Tensor) -> dict[str, float]:
         """The largest logit of S_nm and S_mn over x, (B, C, H, W), and "smallest_S_ii" of S_mm before the floor.
@@ -78,34 +99,5 @@ class CSALR(AttentionBlock):
             Q, K = (self._split(self._project(name, x)) for name in ("query", "key"))
             Q_landmark, K_landmark = grid.pool(Q), grid.pool(K)
             largest = max((Q.mT @ K_landmark).abs().max().item(), (Q_landmark.mT @ K).abs().max().item())
-            own = softmax(Q_landmark.mT @ K_landmark).diagonal(dim1=-2, dim2=-1)
+            own = (Q_landmark.mT @ K_landmark).softmax(-1).diagonal(dim1=-2, dim2=-1)
         return {"largest_logit": largest, "smallest_S_ii": own.min().item()}
-
-    def _solve(self, S_mm: Tensor, E: Tensor) -> Tensor:
-        """Z with (S_mm + I) Z = E, in fp32 at least: (B, groups, m, m), (B, groups, m, c) -> the shape of E."""
-        floor = self.self_attention_floor
-        own = S_mm.diagonal(dim1=-2, dim2=-1)[..., None]  # B, groups, m, 1
-        raised = (floor - own).clamp(min=0) / (1 - own.clamp(max=floor))  # share given to the landmark itself
-        identity = torch.eye(S_mm.shape[-1], dtype=S_mm.dtype, device=S_mm.device)
-        system = S_mm * (1 - raised) + identity * (1 + raised)
-        with autocast_like(system):
-            return solve_dominant(system, E.to(system.dtype))
-
-
-def solve_dominant(system: Tensor, right: Tensor) -> Tensor:
-    """system^-1 right for diagonally dominant systems (..., m, m), (..., m, c), by halves down to 128 rows.
-
-    torch's batched LU on the CPU is wrong beyond 150 rows after torch.set_num_threads(2) (pytorch #142815).
-    The Schur complement of a dominant system is dominant too, so halves need no pivoting across them.
-    """
-    m = system.shape[-1]
-    if m <= 128:
-        # solve_ex: the check for singularity would be a synchronisation, and it cannot be singular.
-        return torch.linalg.solve_ex(system, right)[0]
-    half = m // 2
-    A, B = system[..., :half, :half], system[..., :half, half:]
-    C, D = system[..., half:, :half], system[..., half:, half:]
-    solved = solve_dominant(A, torch.cat([B, right[..., :half, :]], dim=-1))  # A^-1 [B, r_1]
-    A_B, A_r = solved[..., : m - half], solved[..., m - half :]
-    lower = solve_dominant(D - C @ A_B, right[..., half:, :] - C @ A_r)
-    return torch.cat([A_r - A_B @ lower, lower], dim=-2)

@@ -22,7 +22,8 @@ class LandmarkGrid:
     def __init__(self, height: int, width: int, landmarks: tuple[int, int], device: torch.device) -> None:
         self.height, self.width = height, width
         self.rows, self.columns = min(landmarks[0], height), min(landmarks[1], width)
-        self.device = device
+        self.row_of = torch.arange(height, device=device) * self.rows // height  # H
+        self.column_of = torch.arange(width, device=device) * self.columns // width  # W
 
     @property
     def m(self) -> int:
@@ -31,27 +32,30 @@ class LandmarkGrid:
 
     def pool(self, features: Tensor) -> Tensor:
         """Mean of each landmark's members: (..., C, H*W) -> (..., C, m)."""
-        *lead, channels, _ = features.shape
+        *lead, _ = features.shape
         if self.height % self.rows == 0 and self.width % self.columns == 0:
-            patches = features.reshape(
-                *lead, channels, self.rows, self.height // self.rows, self.columns, self.width // self.columns
-            )
-            return patches.mean(dim=(-3, -1)).flatten(-2)  # ..., C, m
-        down = self._averaging(self.height, self.rows, features.dtype)  # H', H
-        across = self._averaging(self.width, self.columns, features.dtype)  # W', W
-        image = features.reshape(*lead, channels, self.height, self.width)
+            high, wide = self.height // self.rows, self.width // self.columns
+            bands = features.reshape(*lead, self.rows, high, self.width).sum(-2)  # ..., C, H', W
+            return bands.reshape(*lead, self.m, wide).sum(-1) / (high * wide)  # ..., C, m
+        down = self._averaging(self.row_of, self.rows, features.dtype)  # H', H
+        across = self._averaging(self.column_of, self.columns, features.dtype)  # W', W
+        image = features.reshape(*lead, self.height, self.width)
         return (down @ image @ across.mT).flatten(-2)  # ..., C, m
+
+    def pool_backward(self, gradient: Tensor) -> Tensor:
+        """The gradient of :meth:`pool`, each landmark's shared out evenly: (..., C, m) -> (..., C, H*W)."""
+        sizes = torch.outer(torch.bincount(self.row_of), torch.bincount(self.column_of))  # H', W'
+        share = gradient.unflatten(-1, (self.rows, self.columns)) / sizes  # type: ignore[no-untyped-call]
+        return share.index_select(-1, self.column_of).index_select(-2, self.row_of).flatten(-2)
+
+    def landmark_of(self) -> Tensor:
+        """The landmark of each position, (H*W,)."""
+        return (self.row_of[:, None] * self.columns + self.column_of).flatten()
 
     def membership(self, dtype: torch.dtype) -> Tensor:
         """P of Eq. 15: (H*W, m), 1 where the position lies in the landmark's patch and 0 elsewhere."""
-        rows = self._one_hot(self.height, self.rows, dtype)  # H, H'
-        columns = self._one_hot(self.width, self.columns, dtype)  # W, W'
-        return torch.einsum("ir,jc->ijrc", rows, columns).reshape(self.height * self.width, self.m)
+        return (self.landmark_of()[:, None] == torch.arange(self.m, device=self.row_of.device)).to(dtype)
 
-    def _one_hot(self, size: int, parts: int, dtype: torch.dtype) -> Tensor:
-        part = torch.arange(size, device=self.device) * parts // size
-        return (part[:, None] == torch.arange(parts, device=self.device)).to(dtype)  # size, parts
-
-    def _averaging(self, size: int, parts: int, dtype: torch.dtype) -> Tensor:
-        members = self._one_hot(size, parts, dtype).mT  # parts, size
+    def _averaging(self, part_of: Tensor, parts: int, dtype: torch.dtype) -> Tensor:
+        members = (part_of == torch.arange(parts, device=part_of.device)[:, None]).to(dtype)  # parts, size
         return members / members.sum(dim=1, keepdim=True)
