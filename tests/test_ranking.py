@@ -147,3 +147,26 @@ def test_ranking_takes_less_memory_than_the_distances(kind: Any) -> None:
     finally:
         tracemalloc.stop()
     assert peak < matrix.nbytes / 2
+
+
+def test_only_a_query_with_a_stranger_as_far_as_a_match_has_its_gallery_sorted_as_the_host_does(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    rng = np.random.default_rng(0)
+    size = (20, 500)
+    matrix, who = rng.permuted(np.tile(np.arange(500.0), (20, 1)), axis=1), people(rng, size, 1, 6)
+    query_ids, gallery_ids, query_cameras, gallery_cameras = who
+    query_ids[:] = 0
+    matches = gallery_ids == 0
+    for query in range(3):
+        match = np.flatnonzero(matches & (gallery_cameras != query_cameras[query]))[0]
+        matrix[query, np.flatnonzero(~matches)[0]] = matrix[query, match]
+    sorted_whole, argsort = [], np.argsort
+
+    def counted(row: Any, *arguments: Any, **options: Any) -> Any:
+        sorted_whole.extend([row] if row.dtype == matrix.dtype else [])
+        return argsort(row, *arguments, **options)
+
+    monkeypatch.setattr(np, "argsort", counted)
+    evaluate_rank(matrix, *who)
+    np.testing.assert_array_equal(sorted_whole, matrix[:3])

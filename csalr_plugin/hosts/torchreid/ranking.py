@@ -89,8 +89,7 @@ def _places(row: Array, own: NDArray[np.intp], others: NDArray[np.bool_]) -> NDA
     row = np.ascontiguousarray(row)
     own_distances = np.sort(row[own])
     matches = np.sort(row[own[others]])
-    # "Not farther", rather than "as near": NaN comes last here as it does in the host's sort.
-    near = np.sort(row[~(row > matches[-1])])
+    near = np.sort(row[row <= matches[-1]])  # empty if that is a NaN, which then counts as a tie
     strangers_before, strangers_to = (
         np.searchsorted(near, matches, side) - np.searchsorted(own_distances, matches, side)
         for side in ("left", "right")
@@ -98,7 +97,7 @@ def _places(row: Array, own: NDArray[np.intp], others: NDArray[np.bool_]) -> NDA
     if np.array_equal(strangers_before, strangers_to):
         return strangers_before + np.arange(len(matches))
 
-    # A stranger is as far as a match. The host's sort is not stable: only the very same sort breaks the tie alike.
+    # A stranger may be as far as a match. The host's sort is not stable: only the very same sort breaks the tie alike.
     order = np.argsort(row)
     is_own, is_left_out = np.zeros((2, len(row)), dtype=bool)
     is_own[own] = True
