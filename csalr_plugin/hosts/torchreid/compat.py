@@ -122,12 +122,9 @@ def _padded(evaluate: Callable[..., Any]) -> Callable[..., Any]:
         use_metric_cuhk03: bool = False,
         use_cython: bool = True,
     ) -> Any:
-        # Each query leaves out its own identity in its own camera; the cuhk03 metric counts identities.
-        if use_metric_cuhk03:
-            left = len(np.unique(g_pids)) - 1
-        else:
-            left = len(g_pids) - np.unique([g_pids, g_camids], axis=1, return_counts=True)[1].max()
-        if (missing := max_rank - int(left)) > 0:
+        # The cuhk03 metric counts identities.
+        left = len(np.unique(g_pids)) - 1 if use_metric_cuhk03 else fewest_left(g_pids, g_camids)
+        if (missing := max_rank - left) > 0:
             # Strangers at an infinite distance: no match comes after them, so no precision changes.
             strangers = max(np.max(q_pids), np.max(g_pids)) + 1 + np.arange(missing)
             distmat = np.pad(distmat, ((0, 0), (0, missing)), constant_values=np.inf)
@@ -135,6 +132,12 @@ def _padded(evaluate: Callable[..., Any]) -> Callable[..., Any]:
         return evaluate(distmat, q_pids, g_pids, q_camids, g_camids, max_rank, use_metric_cuhk03, use_cython)
 
     return evaluate_rank
+
+
+def fewest_left(gallery_ids: Any, gallery_cameras: Any) -> int:
+    """How many gallery images a query has at the least, leaving out its own identity in its own camera."""
+    pairs = np.unique([gallery_ids, gallery_cameras], axis=1, return_counts=True)
+    return len(gallery_ids) - int(pairs[1].max())
 
 
 def _replace(function: Callable[..., Any], *modules: ModuleType) -> None:

@@ -25,6 +25,7 @@ from tqdm import tqdm
 from csalr_plugin.errors import UserError
 from csalr_plugin.hosts.torchreid.config import active_config
 from csalr_plugin.hosts.torchreid.optimizer import WarmUp, clip_gradients, unwrapped
+from csalr_plugin.hosts.torchreid.ranking import evaluate_rank
 from csalr_plugin.models import PCB, RefinedPCB
 
 
@@ -312,7 +313,7 @@ class _PluginTraining(_HostEngine):
             among_query = distance(query, query, dist_metric).numpy()
             among_gallery = distance(gallery, gallery, dist_metric).numpy()
             distances = torchreid.utils.re_ranking(distances, among_query, among_gallery)
-        cmc, mean_ap = torchreid.metrics.evaluate_rank(
+        cmc, mean_ap = evaluate_rank(
             distances,
             query_ids,
             gallery_ids,
