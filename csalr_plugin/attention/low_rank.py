@@ -116,16 +116,15 @@ class LowRankAttention(torch.autograd.Function):
             out = torch.empty_like(x, dtype=torch.promote_types(x.dtype, dtype))
             mean = X.new_empty((B, C), dtype=E.dtype) if pooled else None
             for part in parts(B, way):
-                A = S_nm_of(QK[part], marks, part, way)
-                add_membership(A, grid, way)
+                A = S_nm_of(QK[part], marks, part)
+                add_membership(A, grid)
                 O = spread(A, source[part], W_f, b_f, way)[0]  # b, C, n
                 if mean is not None:
                     mean[part] = torch.linalg.vecdot(X[part].to(dtype), O) / n
-                target = out[part].flatten(2)
                 if alpha is None:
-                    target.copy_(O)
+                    out[part].flatten(2).copy_(O)
                 else:
-                    target.copy_(X[part]).addcmul_(O, alpha.to(O.dtype))
+                    torch.addcmul(X[part], O, alpha, out=out[part].flatten(2))
         statistics = normal.mean, normal.variance, normal_v.mean, normal_v.variance
         ctx.save_for_backward(
             *(x, W_q, W_k, gain, shift, W_v, gain_v, shift_v, W_f, b_f, alpha, *statistics, inverse),
@@ -167,13 +166,13 @@ class LowRankAttention(torch.autograd.Function):
             d_alpha, d_W_f, d_b_f = (None if one is None else torch.zeros_like(one) for one in (alpha, W_f, b_f))
             for part in parts(B, way):
                 G = grad_out[part].flatten(2).to(dtype)  # b, C, n
-                A = S_nm_of(QK[part], marks, part, way)
-                S_own = add_membership(A, grid, way)
+                A = S_nm_of(QK[part], marks, part)
+                S_own = add_membership(A, grid)
                 O, U = spread(A, source[part], W_f, b_f, way)
-                d_O, d_x[part] = G, 0
-                if alpha is not None and d_alpha is not None:
-                    d_alpha += torch.linalg.vecdot(G, O).sum()
-                    d_O, d_x[part] = G * alpha.to(dtype), G
+                d_O = G if alpha is None else G * alpha.to(dtype)
+                d_x[part] = 0 if alpha is None else G
+                if d_alpha is not None:
+                    d_alpha += torch.dot(G.flatten(), O.flatten())
                 if grad_mean is not None:
                     share = (grad_mean[part] / n).to(dtype)[:, :, None]  # b, C, 1
                     d_O = torch.addcmul(d_O, X[part].to(dtype), share)
@@ -182,19 +181,18 @@ class LowRankAttention(torch.autograd.Function):
                     accumulate(d_W_f, d_O, U)
                     d_b_f += d_O.sum((0, 2))
                     d_O = split(times(W_f.to(dtype).mT, d_O), groups)  # b, groups, c, n
-                    d_A = d_O.mT @ source[part].mT  # b, groups, n, m
-                    d_source[part] = A.mT @ d_O.mT  # b, groups, m, c
+                    d_A = source[part] @ d_O  # b, groups, m, n
+                    d_source[part] = A @ d_O.mT  # b, groups, m, c
                 else:
-                    d_A = (d_O.mT @ source[part].flatten(1, 2).mT).view_as(A)  # b, n, groups, m
-                    d_source[part] = (A.flatten(2).mT @ d_O.mT).unflatten(1, (groups, -1))  # b, groups, m, C
-                remove_membership(A, S_own, grid, way)
-                d_logits = softmax_backward(d_A, A)
-                d_logits = d_logits.transpose(1, 2) if way.at_landmarks else d_logits  # b, groups, n, m
+                    d_A = (source[part].flatten(1, 2) @ d_O).view_as(A)  # b, groups, m, n
+                    d_source[part] = split(A.flatten(1, 2) @ d_O.mT, groups)  # b, groups, m, C
+                remove_membership(A, S_own, grid)
+                d_logits = softmax_backward(d_A, A, 2)  # b, groups, m, n
                 Q, _K = halves(QK[part], groups)
                 d_Q, _d_K = halves(d_QK[part], groups)
-                d_Q.copy_(marks.to_Q[part].to(dtype) @ d_logits.mT)
-                d_to_Q[part] = (Q @ d_logits).to(d_to_Q.dtype)
-                d_bias[part] = d_logits.sum(2, keepdim=True)
+                d_Q.copy_(marks.to_Q[part].to(dtype) @ d_logits)
+                d_to_Q[part] = Q @ d_logits.mT
+                d_bias[part] = d_logits.sum(3)[:, :, None]
 
             # What has m rows: fuse, the inverse of Eq. 16, the normalisation of E, value.
             if way.at_landmarks and W_f is not None:
@@ -224,11 +222,11 @@ class LowRankAttention(torch.autograd.Function):
                     d_V = (d_gathered[part].mT @ S_mn).flatten(1, 2)  # b, C, n
                     accumulate(d_W_v, d_V, X[part].to(dtype))
                     d_x[part].baddbmm_(expand(W_v.to(dtype).mT, d_V), d_V)
-                d_logits = softmax_backward(d_S_mn, S_mn)  # b, groups, m, n
+                d_logits = softmax_backward(d_S_mn, S_mn, 3)  # b, groups, m, n
                 _Q, K = halves(QK[part], groups)
                 _d_Q, d_K = halves(d_QK[part], groups)
                 d_K.copy_(marks.to_K[part].to(dtype) @ d_logits)
-                d_to_K[part] = (K @ d_logits.mT).to(d_to_K.dtype)
+                d_to_K[part] = K @ d_logits.mT
 
             # Q and K.
             d_pooled, d_scale, d_offset = marks.backward(normal, d_to_K, d_to_Q, d_bias, d_S_mm)
@@ -260,7 +258,8 @@ class Normalisation:
     def __init__(
         self, gain: Tensor, shift: Tensor, mean: Tensor | None, variance: Tensor | None, eps: float | None, count: int
     ) -> None:
-        self.gain, self.mean, self.variance, self.count = gain, mean, variance, count
+        self.gain, self.shift, self.count = gain, shift, count
+        self.mean, self.variance = mean, variance
         self.scale, self.offset = gain, shift
         self.inverse_deviation: Tensor | None = None
         if mean is not None and variance is not None and eps is not None:
@@ -353,7 +352,7 @@ class Landmarks(NamedTuple):
         q_scale, k_scale = halves(normal.scale[None, :, None], groups)  # 1, groups, C'/groups, 1
         q_offset, _ = halves(normal.offset[None, :, None], groups)
         q_pooled, k_pooled = halves(self.pooled, groups)
-        d_logits = softmax_backward(d_S_mm, self.S_mm)
+        d_logits = softmax_backward(d_S_mm, self.S_mm, 3)
         d_Q = self.K @ d_logits.mT + d_to_K * k_scale * self.guard
         d_K = self.Q @ d_logits + d_to_Q * q_scale + d_bias * q_offset
         d_K = d_K * self.guard
@@ -375,8 +374,11 @@ def logit_guard(QK: Tensor, normal: Normalisation) -> Tensor:
     It is below 1 only beyond 1e17, where a softmax is a hard maximum in any precision.
     """
     limit = 1e17
-    low, high = torch.aminmax(QK.transpose(0, 1).flatten(1), dim=1)
-    largest = torch.maximum(-low, high).to(normal.scale.dtype) * normal.scale.abs() + normal.offset.abs()  # 2C'
+    if normal.inverse_deviation is None:
+        low, high = torch.aminmax(QK)
+        largest = torch.maximum(-low, high).to(normal.scale.dtype) * normal.scale.abs() + normal.offset.abs()
+    else:  # no value is further from the mean of N than sqrt(N) standard deviations
+        largest = normal.count**0.5 * normal.gain.abs() + normal.shift.abs()
     q, k = largest.view(2, -1).amax(1).clamp(min=limit)
     return (limit / q) * (limit / k)
 
@@ -389,41 +391,35 @@ def project(X: Tensor, W_q: Tensor, W_k: Tensor, dtype: torch.dtype, way: Plan) 
     W_qk = torch.cat([W_q, W_k]).to(dtype)
     QK = X.new_empty(len(X), len(W_qk), X.shape[2], dtype=dtype)
     for part in parts(len(X), way):
-        QK[part] = times(W_qk, X[part].to(dtype))
+        torch.bmm(expand(W_qk, X[part]), X[part].to(dtype), out=QK[part])
     return QK
 
 
-def S_nm_of(QK: Tensor, marks: Landmarks, part: slice, way: Plan) -> Tensor:
-    """Eq. 15 without P: (b, n, groups, m), or (b, groups, n, m) where `fuse` acts on positions."""
+def S_nm_of(QK: Tensor, marks: Landmarks, part: slice) -> Tensor:
+    """Eq. 15 without P, transposed: (b, groups, m, n), whose columns sum to 1."""
     Q, _ = halves(QK, marks.Q.shape[1])
     bias, to_Q = (one[part].to(QK.dtype).flatten(0, 1) for one in (marks.bias, marks.to_Q))
-    logits = torch.baddbmm(bias, Q.flatten(0, 1).mT, to_Q).view(*Q.shape[:2], Q.shape[3], -1)  # b, groups, n, m
-    return (logits.transpose(1, 2) if way.at_landmarks else logits).softmax(-1)
+    logits = torch.baddbmm(bias.mT, to_Q.mT, Q.flatten(0, 1))  # b groups, m, n
+    return logits.softmax(1).view(*Q.shape[:2], -1, Q.shape[3])
 
 
 def S_mn_of(QK: Tensor, marks: Landmarks, part: slice) -> Tensor:
-    """Eq. 13: (b, groups, m, n)."""
+    """Eq. 13: (b, groups, m, n), whose rows sum to 1."""
     _, K = halves(QK, marks.Q.shape[1])
-    return (marks.to_K[part].to(QK.dtype).mT @ K).softmax(-1)
+    return (marks.to_K[part].to(QK.dtype).mT @ K).softmax(3)
 
 
-def add_membership(S_nm: Tensor, grid: LandmarkGrid, way: Plan) -> Tensor:
+def add_membership(S_nm: Tensor, grid: LandmarkGrid) -> Tensor:
     """Add P of Eq. 15 in place; return the entries as they were, for :func:`remove_membership`."""
-    index = membership_index(S_nm, grid, way)
-    own = S_nm.gather(3, index)
-    S_nm.scatter_(3, index, own + 1)
+    index = grid.landmark_of().expand(*S_nm.shape[:2], 1, -1)
+    own = S_nm.gather(2, index)
+    S_nm.scatter_(2, index, own + 1)
     return own
 
 
-def remove_membership(A_nm: Tensor, own: Tensor, grid: LandmarkGrid, way: Plan) -> None:
-    """Take P away again; subtraction would lose the digits of small entries."""
-    A_nm.scatter_(3, membership_index(A_nm, grid, way), own)
-
-
-def membership_index(S_nm: Tensor, grid: LandmarkGrid, way: Plan) -> Tensor:
-    landmark_of = grid.landmark_of()
-    shape = (1, -1, 1, 1) if way.at_landmarks else (1, 1, -1, 1)
-    return landmark_of.view(shape).expand(*S_nm.shape[:3], 1)
+def remove_membership(A_nm: Tensor, own: Tensor, grid: LandmarkGrid) -> None:
+    """Take P away again; a subtraction would lose the digits of small entries."""
+    A_nm.scatter_(2, grid.landmark_of().expand(*A_nm.shape[:2], 1, -1), own)
 
 
 def gather(X: Tensor, QK: Tensor, marks: Landmarks, W_v: Tensor, way: Plan) -> Tensor:
@@ -445,8 +441,8 @@ def spread(
 ) -> tuple[Tensor, Tensor | None]:
     """O of Eq. 17, (b, C, n), from A_nm and `spread_source`; and before `fuse`, where that acts on positions."""
     if way.at_landmarks:
-        return source.flatten(1, 2).mT @ A_nm.flatten(2).mT, None
-    U = (source.mT @ A_nm.mT).flatten(1, 2)  # b, C, n
+        return source.flatten(1, 2).mT @ A_nm.flatten(1, 2), None
+    U = (source.mT @ A_nm).flatten(1, 2)  # b, C, n
     if W_f is None or b_f is None:
         return U, None
     return torch.baddbmm(b_f.to(U.dtype)[:, None], expand(W_f.to(U.dtype), U), U), U
@@ -575,9 +571,9 @@ def accumulate(total: Tensor, left: Tensor, right: Tensor) -> None:
             total += one @ other.mT
 
 
-def softmax_backward(gradient: Tensor, probabilities: Tensor) -> Tensor:
-    """The gradient of the logits of a softmax over the last dimension."""
-    return torch._softmax_backward_data(gradient, probabilities, -1, probabilities.dtype)
+def softmax_backward(gradient: Tensor, probabilities: Tensor, dim: int) -> Tensor:
+    """The gradient of the logits of a softmax over dimension `dim`."""
+    return torch._softmax_backward_data(gradient, probabilities, dim, probabilities.dtype)
 
 
 def no_autocast(tensor: Tensor) -> AbstractContextManager[None]:
