@@ -154,8 +154,8 @@ def test_the_published_block_is_the_papers_formula_and_the_same_function_as_csal
     torch.testing.assert_close(folded.attend(x), expected)
 
 
-@pytest.mark.parametrize("row", [name for name in cost.ROWS if name != cost.BASELINE])
-def test_every_parameter_of_every_row_is_trained(row: str) -> None:
+@pytest.mark.parametrize("row", ["published-2", "convolutions", "nystrom"])
+def test_every_parameter_of_an_alternative_is_trained(row: str) -> None:
     if row == "nystrom":
         pytest.importorskip("nystrom_attention")
     contestant = cost.Contestant(cost.ROWS[row].build(), torch.randn(2, 3, 64, 32))
@@ -166,11 +166,11 @@ def test_every_parameter_of_every_row_is_trained(row: str) -> None:
 
 
 def test_bench_cost_measures_every_row_and_writes_json_table_and_picture(tmp_path: Path) -> None:
-    rows = ["csalr-2", "published-2", "convolutions"]
-    assert main([*COST, "--out", str(tmp_path), "--repeats", "2", "--only", *rows]) == 0
+    rows = ["csalr-2", "published-2"]
+    assert main([*COST, "--out", str(tmp_path), "--repeats", "1", "--only", *rows]) == 0
     results = results_of(tmp_path, "cost")
     assert results["settings"]["rows"] == ["pcb", *rows] and results["machine"]["cpu"] and results["versions"]["torch"]
-    assert [set(one) for one in results["rounds"]] == [{"pcb", *rows}] * 2
+    assert [set(one) for one in results["rounds"]] == [{"pcb", *rows}]
     assert all(sample > 0 for one in results["rounds"] for row in one.values() for sample in row.values())
     assert results["counts"]["csalr-2"]["parameters"] == results["counts"]["published-2"]["parameters"]
     for row in rows:
@@ -184,26 +184,26 @@ def test_bench_cost_measures_every_row_and_writes_json_table_and_picture(tmp_pat
 def test_a_study_that_was_interrupted_goes_on_with_the_samples_that_it_has(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    command = [*COST, "--out", str(tmp_path), "--repeats", "3", "--only", "csalr-1"]
-    sample, taken = cost.Contestant.sample, 0
+    command = [*SCALE, "--out", str(tmp_path), "--repeats", "3"]
+    sample, cases, taken = scale.Pass.sample, 2 * len(scale.CURVES), 0
 
-    def interrupted(self: cost.Contestant) -> harness.Sample:
+    def interrupted(self: scale.Pass) -> harness.Sample:
         nonlocal taken
         taken += 1
-        if taken == 6:  # two warm-ups, a round of two, half of the second round
+        if taken == 3 * cases + 5:  # counting, warm-up, one round, a part of the second
             raise KeyboardInterrupt
         return sample(self)
 
-    monkeypatch.setattr(cost.Contestant, "sample", interrupted)
+    monkeypatch.setattr(scale.Pass, "sample", interrupted)
     assert main(command) == 130
-    before = results_of(tmp_path, "cost")
+    before = results_of(tmp_path, "scale")
     assert len(before["rounds"]) == 1 and not before["summary"]
     assert main(command) == 0
-    after = results_of(tmp_path, "cost")
+    after = results_of(tmp_path, "scale")
     assert len(after["rounds"]) == 3 and after["rounds"][:1] == before["rounds"] and after["counts"] == before["counts"]
-    taken = 100
+    done = taken
     assert main(command) == 0
-    assert taken == 100 and results_of(tmp_path, "cost") == after  # all is there: nothing is measured again
+    assert taken == done and results_of(tmp_path, "scale") == after  # all is there: nothing is measured again
 
 
 def test_samples_of_other_settings_or_another_machine_never_mix(

@@ -309,8 +309,12 @@ def draw(results: Results) -> None:
     for axis, (what, title, index, spread) in zip(axes, panels, strict=True):
         figures = [results.summary[name][what] for name in names]
         changes, errors = [100 * one["change"] for one in figures], [100 * spread(one) for one in figures]
-        colours = ["tab:blue" if name.startswith("csalr") else "tab:gray" for name in names]
-        axis.barh(range(len(names)), changes, xerr=errors if any(errors) else None, color=colours, alpha=0.8, capsize=2)
+        bars = axis.barh(
+            range(len(names)), changes, xerr=errors if any(errors) else None, capsize=2, error_kw={"alpha": 0.6}
+        )
+        for name, bar, changed, error in zip(names, bars, changes, errors, strict=True):
+            bar.set_color("tab:blue" if name.startswith("csalr") else "tab:gray")
+            bar.set_alpha(0.2 if 2 * error > abs(changed) else 0.8)  # faint where the table refuses the change
         marks = [(row, ROWS[name].paper) for row, name in enumerate(names) if ROWS[name].paper]
         baseline = ROWS[BASELINE].paper
         if index is not None and baseline and names != [BASELINE]:

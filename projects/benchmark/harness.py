@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import math
 import os
 import platform
 import time
@@ -43,7 +44,7 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags that every study has."""
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the results; a rerun goes on")
     parser.add_argument("--quick", action="store_true", help="a smaller study of about two minutes")
-    parser.add_argument("--repeats", type=positive, default=7, metavar="N", help="rounds, at least 5 (7)")
+    parser.add_argument("--repeats", type=positive, metavar="N", help="rounds, at least 5 (7; quick 5)")
     parser.add_argument("--threads", type=positive, metavar="N", help="CPU threads (as many as cores)")
     parser.add_argument("--device", default="cpu", metavar="NAME", help="cpu or cuda (cpu)")
 
@@ -54,6 +55,7 @@ def prepare(options: argparse.Namespace) -> torch.device:
     Raises:
         UserError: too few repeats, no such device, or a folder that cannot be written.
     """
+    options.repeats = options.repeats or (FEWEST_REPEATS if options.quick else 7)
     if options.repeats < FEWEST_REPEATS and not options.quick:
         raise UserError(
             f"--repeats {options.repeats} is too few for a median: give {FEWEST_REPEATS} or more, or add --quick."
@@ -257,7 +259,8 @@ class Statistic:
         return cls(float(middle), float(high - low))
 
     def __str__(self) -> str:
-        return f"{self.median:.3g} ± {self.spread / 2:.1g}"
+        decimals = 2 - math.floor(math.log10(abs(self.median))) if self.median else 2  # three digits of the median
+        return f"{self.median:.{max(0, decimals)}f} ± {self.spread / 2:.{max(0, decimals)}f}"
 
 
 def change(samples: Sequence[float], baseline: Sequence[float]) -> Statistic:
@@ -277,13 +280,11 @@ def fit_exponent(sizes: Sequence[float], costs: Sequence[float]) -> float:
 
 def write_report(results: Results, title: str, table: str, notes: Sequence[str]) -> None:
     """Write `<study>.md` beside the JSON, with what it was measured on, and print the table."""
-    settings = ", ".join(f"{name} {_plain(value)}" for name, value in results.identity["settings"].items())
     described = [
-        ("machine", ", ".join(_plain(value) for value in results.identity["machine"].values())),
-        ("versions", ", ".join(f"{name} {value}" for name, value in results.identity["versions"].items())),
-        ("settings", settings),
-        ("rounds", str(len(results.rounds))),
+        (part, ", ".join(f"{name} {_plain(value)}" for name, value in results.identity[part].items()))
+        for part in ("machine", "versions", "settings")
     ]
+    described.append(("rounds", str(len(results.rounds))))
     lines = [f"# {title}", "", table, "", *(f"- {note}" for note in notes), ""]
     lines.append(tabulate(described, ("measured", "on"), tablefmt="github"))
     path = results.path.with_suffix(".md")

@@ -321,7 +321,7 @@ def draw(results: Results) -> None:
     for axis, (what, title) in zip(axes, panels, strict=True):
         for curve, figures in results.summary.items():
             values = [one["median"] if what == "seconds" else one / 1e6 for one in figures[what]]
-            style = {"sa": "ks-", "csa": "g^-"}.get(curve, "o-" if curve.endswith("-2") else "o--")
+            style = {"sa": "ks-", "csa": "k^:"}.get(curve, "o-" if curve.endswith("-2") else "o--")
             axis.plot(figures["positions"], values, style, label=CURVES[curve].label, markersize=4)
         positions = results.identity["settings"]["positions"]
         axis.set(xscale="log", yscale="log", xlabel="positions n", title=title)

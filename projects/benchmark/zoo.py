@@ -10,7 +10,9 @@ import argparse
 import contextlib
 import functools
 import io
-from collections.abc import Sequence
+import math
+import warnings
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -139,6 +141,7 @@ def build(name: str) -> nn.Module:
     """A model of the host's registry, the plugin's among them, from random weights."""
     from csalr_plugin.hosts.torchreid import model_registry
 
+    warnings.filterwarnings("ignore", module=r"torchreid\.")  # of functions that today's torch calls otherwise
     model: nn.Module = model_registry()[name](num_classes=NUM_CLASSES, loss="softmax", pretrained=False, use_gpu=False)
     return model.eval()
 
@@ -220,6 +223,7 @@ def accuracy(
         "data.targets": list(targets),
         "data.height": height,
         "data.width": width,
+        "data.workers": options.threads,
         "data.save_dir": str(options.out / "evaluation" / name),
         "test.evaluate": True,
         "use_gpu": options.device == "cuda",
@@ -285,23 +289,30 @@ def report(results: Results) -> None:
 
 
 def draw(results: Results, targets: Sequence[str]) -> None:
-    """Throughput against operations; where there is accuracy, mAP against throughput too."""
-    figure, axes = pyplot().subplots(
-        1, 1 + len(targets), figsize=(7 * (1 + len(targets)), 5.5), squeeze=False, layout="constrained"
-    )
-    for axis, target in zip(axes[0], [None, *targets], strict=True):
-        for name, row in results.summary.items():
-            speed = row["images_per_second"]["median"]
-            if target is not None and target not in row.get("accuracy", {}):
-                continue
-            x, y = (row["gmacs"], speed) if target is None else (speed, 100 * row["accuracy"][target]["mAP"])
-            ours = name in MODEL_NAMES
-            axis.plot(x, y, "o" if ours else "s", color="tab:blue" if ours else "tab:gray")
-            axis.annotate(name, (x, y), xytext=(4, 4), textcoords="offset points", fontsize=8)
-        if target is None:
-            axis.set(xlabel="GMACs an image", ylabel="images a second", xscale="log", yscale="log")
-        else:
-            axis.set(xlabel="images a second", ylabel=f"mAP on {target}, %", xscale="log")
-        axis.grid(alpha=0.3, which="both")
+    """Bars of each model's operations, latency and throughput, and of its mAP where there is any."""
+    names = list(results.summary)
+    panels: list[tuple[str, Callable[[Any], float]]] = [
+        ("GMACs an image", lambda row: row["gmacs"]),
+        ("latency of one image, ms", lambda row: 1e3 * row["latency_seconds"]["median"]),
+        ("images a second, in a batch", lambda row: row["images_per_second"]["median"]),
+    ]
+    for target in targets:
+        panels.append((f"mAP on {target}, %", functools.partial(_mean_precision, target)))
+    size = (3.6 * len(panels) + 1.6, 1.2 + 0.3 * len(names))
+    figure, axes = pyplot().subplots(1, len(panels), figsize=size, sharey=True, layout="constrained")
+    for axis, (title, value) in zip(axes, panels, strict=True):
+        values = [value(results.summary[name]) for name in names]
+        colours = ["tab:blue" if name in MODEL_NAMES else "tab:gray" for name in names]
+        bars = axis.barh(range(len(names)), values, color=colours, alpha=0.8)
+        axis.bar_label(bars, ["" if math.isnan(one) else f" {one:.3g}" for one in values], fontsize=8)
+        axis.margins(x=0.15)
+        axis.grid(axis="x", alpha=0.3)
+        axis.set(title=title)
+    axes[0].set_yticks(range(len(names)), names)
+    axes[0].invert_yaxis()
     figure.savefig(results.path.with_suffix(".png"), dpi=120)
     pyplot().close(figure)
+
+
+def _mean_precision(target: str, row: dict[str, Any]) -> float:
+    return 100 * row["accuracy"][target]["mAP"] if target in row.get("accuracy", {}) else float("nan")
