@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ _EPILOG = """commands:
   run      the same through a script of torchreid's own, unmodified
   models   the models with their cost, and the default settings
   demo     make a small data set, train pcb_csalr on it, show what training brought
+  bench    measure what every model costs, side by side
 
 'csalr COMMAND --help' says more.
 
@@ -38,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _main(argv: Sequence[str]) -> int:
-    commands = {"train": _train, "run": _run, "models": _models, "demo": _demo}
+    commands = {"train": _train, "run": _run, "models": _models, "demo": _demo, "bench": _bench}
     parser = Parser(
         prog="csalr",
         usage="csalr COMMAND ...",
@@ -159,3 +161,39 @@ def _demo(argv: Sequence[str]) -> None:
     from csalr_plugin.demo import run_demo
 
     run_demo(given.out, given.seed)
+
+
+_STUDIES = {
+    "cost": "Table 5 of the paper and its alternatives: memory, speed, operations",
+    "scale": "one block's time and memory against the number of positions",
+    "zoo": "the host's models beside the plugin's, with accuracy where weights are given",
+}
+
+
+def _bench(argv: Sequence[str]) -> None:
+    if not argv or argv[0] in ("-h", "--help"):
+        studies = "\n".join(f"  {study:7}{what}" for study, what in _STUDIES.items())
+        parser = Parser(
+            prog="csalr bench",
+            usage="csalr bench STUDY --out DIR ...",
+            description="Measure what models cost, in alternating rounds; a study that was stopped goes on.",
+            epilog=f"studies:\n{studies}\n\n'csalr bench STUDY --help' says more.\n\n"
+            "example:\n  csalr bench cost --out bench --quick",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        if not argv:
+            parser.error(f"a study is missing, one of {', '.join(_STUDIES)}")
+        parser.print_help()
+        return
+    study, *words = argv
+    if study not in _STUDIES:
+        raise UserError(f"unknown study '{study}'; it must be one of {', '.join(_STUDIES)}.{suggest(study, _STUDIES)}")
+    module = importlib.import_module(f"csalr_plugin.projects.benchmark.{study}")
+    parser = Parser(
+        prog=f"csalr bench {study}",
+        description=module.__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    module.add_arguments(parser)
+    module.run(parser.parse_args(words))

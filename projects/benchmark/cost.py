@@ -1,0 +1,332 @@
+"""What the attention costs a network: Table 5 of the paper with its alternatives, in one alternating run.
+
+PCB and its variants train and embed the same images in turn; every figure is also given as a change from PCB, beside
+the paper's. README.md in projects/benchmark says what each figure is.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from tabulate import tabulate
+from torch import nn
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from csalr_plugin.errors import UserError, suggest
+from csalr_plugin.models import build_model
+from csalr_plugin.models.cost import count_gmacs, count_kept_bytes, count_parameters
+from csalr_plugin.models.pcb import PCB, STAGE_CHANNELS
+
+from .blocks import (
+    Alternative,
+    ConvolutionsOnly,
+    Nystrom,
+    PublishedCSALR,
+    nystrom_is_installed,
+)
+from .harness import (
+    TOO_LARGE,
+    Results,
+    Sample,
+    Statistic,
+    add_common_arguments,
+    alternate,
+    as_percent,
+    change,
+    peak_bytes,
+    positive,
+    prepare,
+    pyplot,
+    seconds,
+    write_report,
+)
+
+NUM_CLASSES = 751  # as Market-1501 has
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of the table: a model of the plugin's, or `pcb_csalr` with other blocks in CSALR's place.
+
+    Attributes:
+        label: as the table names it.
+        model: name for `csalr_plugin.models.build_model`.
+        groups: of its blocks.
+        block: what stands in for CSALR.
+        paper: Table 5's memory, MB an image, and FPS; None where it has no such row.
+    """
+
+    label: str
+    model: str = "pcb_csalr"
+    groups: int = 1
+    block: type[Alternative] | None = None
+    paper: tuple[float, float] | None = None
+
+    def build(self) -> PCB:
+        """The row's network, from random weights."""
+        model = build_model(self.model, NUM_CLASSES, pretrained=False, groups=self.groups)
+        if self.block is not None:
+            for stage in model.attention:
+                channels = STAGE_CHANNELS[int(stage.removeprefix("stage"))]
+                model.attention[stage] = self.block(channels, groups=self.groups)
+        return model
+
+
+BASELINE = "pcb"
+ROWS: Mapping[str, Row] = {
+    BASELINE: Row("PCB", "pcb", paper=(137.64, 581.81)),
+    "sa": Row("+ SA", "pcb_sa", paper=(300.68, 266.67)),
+    "csa": Row("+ CSA, 2 groups", "pcb_csa", 2),
+    "csalr-1": Row("+ CSALR, 1 group", groups=1, paper=(165.00, 507.93)),
+    "csalr-2": Row("+ CSALR, 2 groups", groups=2, paper=(192.25, 460.43)),
+    "csalr-4": Row("+ CSALR, 4 groups", groups=4, paper=(221.97, 418.30)),
+    "csalr-8": Row("+ CSALR, 8 groups", groups=8, paper=(254.75, 380.95)),
+    "published-1": Row("+ CSALR as published, 1 group", groups=1, block=PublishedCSALR, paper=(165.00, 507.93)),
+    "published-2": Row("+ CSALR as published, 2 groups", groups=2, block=PublishedCSALR, paper=(192.25, 460.43)),
+    "published-8": Row("+ CSALR as published, 8 groups", groups=8, block=PublishedCSALR, paper=(254.75, 380.95)),
+    "convolutions": Row("+ 1x1 convolutions alone", groups=2, block=ConvolutionsOnly),
+    "nystrom": Row("+ nystrom-attention", groups=1, block=Nystrom),
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The study's flags."""
+    add_common_arguments(parser)
+    parser.add_argument("--height", type=positive, metavar="N", help="image height (384; quick 256)")
+    parser.add_argument("--width", type=positive, metavar="N", help="image width (128)")
+    parser.add_argument("--batch-size", type=positive, metavar="N", help="images a batch, at least 2 (8; quick 2)")
+    parser.add_argument(
+        "--only", nargs="+", metavar="ROW", help=f"these rows, beside {BASELINE}; of {', '.join(list(ROWS)[1:])}"
+    )
+
+
+def run(options: argparse.Namespace) -> None:
+    """Measure what is missing in the folder, then write table and picture.
+
+    Raises:
+        UserError: for a flag that cannot be used, before anything is measured.
+    """
+    device = prepare(options)
+    rows = chosen_rows(options.only)
+    height, width = options.height or (256 if options.quick else 384), options.width or 128
+    batch_size = options.batch_size or (2 if options.quick else 8)
+    if batch_size < 2:
+        raise UserError("--batch-size 1 is too small: batch norms train on 2 images at least.")
+    if min(height, width) < 32:
+        raise UserError(f"--height {height} --width {width}: a ResNet-50 needs 32 at least.")
+    settings = {"height": height, "width": width, "batch_size": batch_size, "rows": rows}
+    results = Results(options.out, "cost", {**settings, "threads": options.threads, "device": options.device}, device)
+    if len(results.rounds) < options.repeats:
+        torch.manual_seed(0)
+        images = torch.randn(batch_size, 3, height, width, device=device)
+        contestants = {
+            name: Contestant(ROWS[name].build().to(device), images)
+            for name in tqdm(rows, desc="building", unit="network")
+        }
+        for name in tqdm(rows, desc="counting", unit="network"):
+            if name not in results.counts:
+                results.counts[name] = contestants[name].count()
+                results.save()
+        alternate(results, {name: one.sample for name, one in contestants.items()}, options.repeats)
+    results.summary = summarise(results)
+    results.save()
+    report(results)
+
+
+def chosen_rows(only: Sequence[str] | None) -> list[str]:
+    """Names of the rows to measure, in the table's order; PCB is always among them.
+
+    Raises:
+        UserError: for a row that there is not, or that needs a library that is not installed.
+    """
+    for name in only or ():
+        if name not in ROWS:
+            raise UserError(f"--only: unknown row {name!r}; allowed is {', '.join(ROWS)}.{suggest(name, ROWS)}")
+    wanted = [name for name in ROWS if only is None or name in only or name == BASELINE]
+    if "nystrom" in wanted and not nystrom_is_installed():
+        how = "nystrom-attention is not installed; run: pip install 'csalr-plugin[bench]'."
+        if only:
+            raise UserError(f"--only nystrom: {how}")
+        print(f"The row nystrom is left out: {how}")
+        wanted.remove("nystrom")
+    return wanted
+
+
+class Contestant:
+    """A network with all that it takes to train it for a step and to embed a batch.
+
+    Args:
+        model: on the device that it is measured on.
+        images: (B, 3, H, W), on the same device.
+    """
+
+    def __init__(self, model: nn.Module, images: torch.Tensor) -> None:
+        self.model, self.images = model, images
+        self.labels = torch.arange(len(images), device=images.device) % NUM_CLASSES
+        # So small a rate that no step takes the network anywhere, whatever its attention.
+        self.optimizer = torch.optim.SGD(model.parameters(), lr=1e-6, momentum=0.9)
+
+    def train_step(self) -> None:
+        """Forward, the sum of all cross entropies (Eq. 18), backward, SGD."""
+        self.optimizer.zero_grad()
+        loss = torch.stack([F.cross_entropy(logits, self.labels) for logits in self.model(self.images)]).sum()
+        loss.backward()  # type: ignore[no-untyped-call]
+        self.optimizer.step()
+
+    def embed(self) -> None:
+        """Forward in eval mode."""
+        with torch.inference_mode():
+            self.model(self.images)
+
+    def sample(self) -> Sample:
+        """Seconds of a step and of an embedding."""
+        device = self.images.device
+        self.model.train()
+        train_seconds = seconds(self.train_step, device)
+        self.optimizer.zero_grad()  # only one network has gradients at a time
+        self.model.eval()
+        return {"train_seconds": train_seconds, "eval_seconds": seconds(self.embed, device)}
+
+    def count(self) -> dict[str, Any]:
+        """What need not be repeated: memory an image, operations, parameters."""
+        images, _, height, width = self.images.shape
+        kept = count_kept_bytes(self.model, height, width, batch_size=images)
+        gmacs = count_gmacs(self.model, height, width)
+        self.model.train()
+        self.train_step()  # the optimizer's state, and what a first step alone needs
+        self.optimizer.zero_grad()
+        peak = peak_bytes(self.train_step, self.images.device) / images
+        self.optimizer.zero_grad()
+        parameters = count_parameters(self.model)
+        return {"kept_bytes": kept, "peak_bytes": peak, "gmacs": gmacs, "parameters": parameters}
+
+
+def summarise(results: Results) -> dict[str, Any]:
+    """Every row's figures: value, spread where it was timed, and change from PCB."""
+    batch_size = results.identity["settings"]["batch_size"]
+    summary: dict[str, Any] = {}
+    for name in results.identity["settings"]["rows"]:
+        figures: dict[str, Any] = {}
+        for what, value in results.counts[name].items():
+            figures[what] = {"value": value, "change": value / results.counts[BASELINE][what] - 1}
+        for mode in ("train", "eval"):
+            fps, baseline = (
+                [batch_size / sample for sample in results.samples(one, f"{mode}_seconds")] for one in (name, BASELINE)
+            )
+            value, changed = Statistic.of(fps), change(fps, baseline)
+            figures[f"{mode}_fps"] = {
+                "value": value.median,
+                "spread": value.spread,
+                "change": changed.median,
+                "change_spread": changed.spread,
+            }
+        summary[name] = figures
+    return summary
+
+
+def report(results: Results) -> None:
+    """Write cost.md and cost.png."""
+    header = (
+        "network",
+        "kept MB/image",
+        "paper's MB/image",
+        "peak MB/image",
+        "train FPS",
+        "eval FPS",
+        "paper's FPS",
+        "GMACs",
+        "parameters (M)",
+    )
+    lines = []
+    for name, figures in results.summary.items():
+        baseline = name == BASELINE
+
+        def counted(what: str, unit: float, figures: Any = figures, baseline: bool = baseline) -> str:
+            value = f"{figures[what]['value'] / unit:.2f}"
+            return value if baseline else f"{value} ({figures[what]['change']:+.1%})"
+
+        def timed(what: str, figures: Any = figures, baseline: bool = baseline) -> str:
+            figure = figures[what]
+            value = str(Statistic(figure["value"], figure["spread"]))
+            return (
+                value if baseline else f"{value} ({as_percent(Statistic(figure['change'], figure['change_spread']))})"
+            )
+
+        memory, speed = (_paper(name, index) for index in (0, 1))
+        lines.append(
+            (
+                ROWS[name].label,
+                counted("kept_bytes", 1e6),
+                memory,
+                counted("peak_bytes", 1e6),
+                timed("train_fps"),
+                timed("eval_fps"),
+                speed,
+                counted("gmacs", 1),
+                counted("parameters", 1e6),
+            )
+        )
+    notes = (
+        "in brackets the change from PCB: of medians' counts, and of FPS the median of the rounds' own changes",
+        "± is half the distance of the quartiles; "
+        f"'{TOO_LARGE}' stands for a change whose quartiles lie further apart than it is large",
+        "kept: what the forward pass keeps for the backward pass; peak: the most that a training step holds beyond "
+        "weights and optimizer; MB = 1e6 bytes",
+        "the paper's figures are its Table 5, on a GPU that it does not name",
+    )
+    table = tabulate(lines, header, tablefmt="github", disable_numparse=True)
+    draw(results)
+    write_report(results, "What the attention costs", table, notes)
+
+
+def _paper(name: str, index: int) -> str:
+    paper, baseline = ROWS[name].paper, ROWS[BASELINE].paper
+    assert baseline is not None
+    if paper is None:
+        return ""
+    value = f"{paper[index]:.2f}"
+    return value if name == BASELINE else f"{value} ({paper[index] / baseline[index] - 1:+.1%})"
+
+
+def draw(results: Results) -> None:
+    """Bars of each row's change from PCB, the paper's as a mark on them."""
+    names = [name for name in results.summary if name != BASELINE]
+    if not names:
+        names = [BASELINE]
+    panels: list[tuple[str, str, int | None, Callable[[Any], float]]] = [
+        ("kept_bytes", "memory kept for the backward pass", 0, lambda figure: 0.0),
+        ("train_fps", "training, images a second", 1, lambda figure: figure["change_spread"] / 2),
+        ("eval_fps", "embedding, images a second", 1, lambda figure: figure["change_spread"] / 2),
+    ]
+    figure, axes = pyplot().subplots(
+        1, len(panels), figsize=(13, 1.5 + 0.36 * len(names)), sharey=True, layout="constrained"
+    )
+    for axis, (what, title, index, spread) in zip(axes, panels, strict=True):
+        figures = [results.summary[name][what] for name in names]
+        changes, errors = [100 * one["change"] for one in figures], [100 * spread(one) for one in figures]
+        bars = axis.barh(
+            range(len(names)), changes, xerr=errors if any(errors) else None, capsize=2, error_kw={"alpha": 0.6}
+        )
+        for name, bar, changed, error in zip(names, bars, changes, errors, strict=True):
+            bar.set_color("tab:blue" if name.startswith("csalr") else "tab:gray")
+            bar.set_alpha(0.2 if 2 * error > abs(changed) else 0.8)  # faint where the table refuses the change
+        marks = [(row, ROWS[name].paper) for row, name in enumerate(names) if ROWS[name].paper]
+        baseline = ROWS[BASELINE].paper
+        if index is not None and baseline and names != [BASELINE]:
+            values = [100 * (paper[index] / baseline[index] - 1) for _, paper in marks if paper]
+            axis.plot(
+                values, [row for row, _ in marks], "kD", markersize=5, fillstyle="none", label="the paper, Table 5"
+            )
+            axis.legend(loc="best", fontsize=8)
+        axis.axvline(0, color="black", linewidth=0.8)
+        axis.grid(axis="x", alpha=0.3)
+        axis.set(title=title, xlabel="change from PCB, %")
+    axes[0].set_yticks(range(len(names)), [ROWS[name].label for name in names])
+    axes[0].invert_yaxis()
+    figure.savefig(results.path.with_suffix(".png"), dpi=120)
+    pyplot().close(figure)

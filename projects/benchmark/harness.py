@@ -1,0 +1,306 @@
+"""What the three studies share: settings, results that outlive an interruption, alternating rounds, statistics."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import math
+import os
+import platform
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tabulate import tabulate
+from tqdm import tqdm
+
+import csalr_plugin
+from csalr_plugin.errors import UserError
+from csalr_plugin.version import __version__
+
+# A median of fewer rounds says little; `--quick` may have fewer, to try things out.
+FEWEST_REPEATS = 5
+TOO_LARGE = "spread too large"
+# One round of a case: what was measured, by name, in seconds.
+Sample = dict[str, float]
+
+
+def positive(text: str) -> int:
+    """A positive integer, for argparse."""
+    if (number := int(text)) < 1:
+        raise ValueError
+    return number
+
+
+positive.__name__ = "positive integer"  # argparse puts it in its message
+
+
+def add_common_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags that every study has."""
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the results; a rerun goes on")
+    parser.add_argument("--quick", action="store_true", help="a smaller study of about two minutes")
+    parser.add_argument("--repeats", type=positive, metavar="N", help="rounds, at least 5 (7; quick 5)")
+    parser.add_argument("--threads", type=positive, metavar="N", help="CPU threads (as many as cores)")
+    parser.add_argument("--device", default="cpu", metavar="NAME", help="cpu or cuda (cpu)")
+
+
+def prepare(options: argparse.Namespace) -> torch.device:
+    """Check the common flags, make the folder, pin the threads; return the device.
+
+    Raises:
+        UserError: too few repeats, no such device, or a folder that cannot be written.
+    """
+    options.repeats = options.repeats or (FEWEST_REPEATS if options.quick else 7)
+    if options.repeats < FEWEST_REPEATS and not options.quick:
+        raise UserError(
+            f"--repeats {options.repeats} is too few for a median: give {FEWEST_REPEATS} or more, or add --quick."
+        )
+    if options.device not in ("cpu", "cuda"):
+        raise UserError(f"--device {options.device!r} is not known: allowed is cpu or cuda.")
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: torch sees no CUDA device here; take --device cpu.")
+    try:
+        options.out.mkdir(parents=True, exist_ok=True)
+        probe = options.out / f".writable-{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UserError(
+            f"--out {str(options.out)!r} cannot be written ({error.strerror}): give another folder."
+        ) from error
+    options.threads = options.threads or os.cpu_count() or 1
+    torch.set_num_threads(options.threads)
+    torch.backends.cudnn.benchmark = options.device == "cuda"  # as in training
+    return torch.device(options.device)
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """What the study runs on."""
+    found: dict[str, Any] = {
+        "cpu": _cpu_name(),
+        "cores": os.cpu_count(),
+        "memory_gb": round(total_memory(torch.device("cpu")) / 1e9, 1),
+        "system": f"{platform.system()} {platform.machine()}",
+    }
+    if device.type == "cuda":
+        found |= {"gpu": torch.cuda.get_device_name(device), "gpu_memory_gb": round(total_memory(device) / 1e9, 1)}
+    return found
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def total_memory(device: torch.device) -> int:
+    """Bytes of memory that the device has."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def versions() -> dict[str, str | None]:
+    """Versions of what is measured, and a digest of the project's own code: samples of two codes never mix."""
+    digest = hashlib.sha256()
+    folders = (Path(csalr_plugin.__file__).parent, Path(__file__).parent)
+    for path in sorted(path for folder in folders for path in folder.rglob("*.py")):
+        digest.update(path.read_bytes())
+    return {
+        "csalr_plugin": __version__,
+        "code": digest.hexdigest()[:12],
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+    }
+
+
+class Results:
+    """What a study has measured so far, in one JSON file that is replaced as a whole.
+
+    Args:
+        folder: where `<study>.json` lies; what it holds is taken up.
+        study: the study's name.
+        settings: everything that samples depend on, as JSON values.
+        device: where the study runs.
+
+    Attributes:
+        counts: by case, what is counted or measured once.
+        rounds: raw samples; each round has one of every case.
+        summary: what the table says, as numbers.
+
+    Raises:
+        UserError: the file is damaged, or of other settings, another machine or other versions.
+    """
+
+    def __init__(self, folder: Path, study: str, settings: Mapping[str, Any], device: torch.device) -> None:
+        self.path = folder / f"{study}.json"
+        self.identity = {
+            "study": study,
+            "settings": json.loads(json.dumps(settings)),
+            "machine": machine(device),
+            "versions": versions(),
+        }
+        self.counts: dict[str, dict[str, Any]] = {}
+        self.rounds: list[dict[str, Sample]] = []
+        self.summary: dict[str, Any] = {}
+        if self.path.exists():
+            self._take_up()
+
+    def _take_up(self) -> None:
+        try:
+            content = json.loads(self.path.read_text(encoding="utf-8"))
+            before = {name: content[name] for name in self.identity}
+            self.counts, self.rounds, self.summary = content["counts"], content["rounds"], content["summary"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{str(self.path)!r} is damaged: give another folder with --out, or remove it.") from error
+        for part, now in self.identity.items():
+            for name in dict.fromkeys([*before[part], *now]) if isinstance(now, dict) else ():
+                was, wanted = before[part].get(name), now.get(name)
+                if was != wanted:
+                    raise UserError(
+                        f"{str(self.path)!r} was measured with {name} {was!r}, not {wanted!r}: give another folder "
+                        "with --out, or what it was measured with."
+                    )
+
+    def save(self) -> None:
+        """Write the file; whoever stops the study finds the last complete one."""
+        content = {**self.identity, "counts": self.counts, "rounds": self.rounds, "summary": self.summary}
+        written = self.path.with_name(f".{self.path.name}-{os.getpid()}")
+        written.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        os.replace(written, self.path)
+
+    def samples(self, case: str, what: str) -> list[float]:
+        """The raw samples of one case, a round each."""
+        return [one[case][what] for one in self.rounds]
+
+
+def alternate(results: Results, cases: Mapping[str, Callable[[], Sample]], repeats: int) -> None:
+    """Measure every case once a round until there are `repeats` rounds, saved after each.
+
+    So that drift of the machine hits all alike; each round starts at another case, so that none always follows the
+    same neighbour. Before the first, every case runs once unmeasured.
+    """
+    missing = repeats - len(results.rounds)
+    if missing <= 0:
+        return
+    names = list(cases)
+    with tqdm(total=len(cases) * (missing + 1), unit="case") as progress:
+
+        def measure(name: str, what: str) -> Sample:
+            progress.set_description(f"{what}: {name}")
+            sample = cases[name]()
+            progress.update()
+            return sample
+
+        for name in names:
+            measure(name, "warm-up")
+        while len(results.rounds) < repeats:
+            number = len(results.rounds)
+            start = number % len(names)
+            what = f"round {number + 1} of {repeats}"
+            measured = {name: measure(name, what) for name in names[start:] + names[:start]}
+            results.rounds.append({name: measured[name] for name in names})
+            results.save()
+
+
+def seconds(action: Callable[[], object], device: torch.device) -> float:
+    """How long `action` takes, the device's work included."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    started = time.perf_counter()
+    action()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - started
+
+
+def peak_bytes(action: Callable[[], object], device: torch.device) -> int:
+    """The most memory that `action` holds at one time, in bytes, beyond what was held before it.
+
+    On CUDA as torch's allocator counts it; on a CPU the running sum of the allocations and releases that torch's
+    profiler records. What a library takes past torch's allocator, such as oneDNN's scratch, is in neither.
+    """
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        action()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or it writes into the progress line
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+        action()
+    recorded = profile.profiler.kineto_results.events()  # type: ignore[union-attr]
+    changes = sorted((event.start_ns(), event.nbytes()) for event in recorded if event.name() == "[memory]")
+    return max(0, int(np.cumsum([0, *(change for _, change in changes)]).max()))
+
+
+@dataclass(frozen=True)
+class Statistic:
+    """A median, and the distance of the quartiles as its spread."""
+
+    median: float
+    spread: float
+
+    @classmethod
+    def of(cls, samples: Sequence[float]) -> Statistic:
+        """The statistic of samples, at least one."""
+        low, middle, high = np.percentile(samples, (25, 50, 75))
+        return cls(float(middle), float(high - low))
+
+    def __str__(self) -> str:
+        decimals = 2 - math.floor(math.log10(abs(self.median))) if self.median else 2  # three digits of the median
+        return f"{self.median:.{max(0, decimals)}f} ± {self.spread / 2:.{max(0, decimals)}f}"
+
+
+def change(samples: Sequence[float], baseline: Sequence[float]) -> Statistic:
+    """By how much `samples` differ from `baseline`, round by round: 0.1 is a tenth more."""
+    return Statistic.of([one / other - 1 for one, other in zip(samples, baseline, strict=True)])
+
+
+def as_percent(changed: Statistic) -> str:
+    """The change in per cent, or a refusal where its spread is larger than itself."""
+    return TOO_LARGE if changed.spread > abs(changed.median) else f"{changed.median:+.1%}"
+
+
+def fit_exponent(sizes: Sequence[float], costs: Sequence[float]) -> float:
+    """The exponent p of cost = a * size^p by least squares of the logarithms; at least two sizes."""
+    return float(np.polyfit(np.log(sizes), np.log(costs), 1)[0])
+
+
+def write_report(results: Results, title: str, table: str, notes: Sequence[str]) -> None:
+    """Write `<study>.md` beside the JSON, with what it was measured on, and print the table."""
+    described = [
+        (part, ", ".join(f"{name} {_plain(value)}" for name, value in results.identity[part].items()))
+        for part in ("machine", "versions", "settings")
+    ]
+    described.append(("rounds", str(len(results.rounds))))
+    lines = [f"# {title}", "", table, "", *(f"- {note}" for note in notes), ""]
+    lines.append(tabulate(described, ("measured", "on"), tablefmt="github"))
+    path = results.path.with_suffix(".md")
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    print(f"\n{table}\n\n{path}, {path.with_suffix('.json').name}, {path.with_suffix('.png').name}")
+
+
+def _plain(value: Any) -> str:
+    return "/".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def pyplot() -> Any:
+    """matplotlib's pyplot, drawing into files alone."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    return plt

@@ -1,0 +1,333 @@
+"""How one block's time and memory grow with the number of positions, and the fitted exponents.
+
+A block trains for a pass, forward and backward, over maps of more and more positions; SA until it no longer fits into
+half of the memory or a pass would take longer than --limit. README.md in projects/benchmark says what is fitted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import functools
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from tabulate import tabulate
+from torch import Tensor
+from tqdm import tqdm
+
+from csalr_plugin.attention import AttentionBlock, build_attention
+from csalr_plugin.errors import UserError
+from csalr_plugin.models.cost import kept_bytes
+
+from .harness import (
+    Results,
+    Sample,
+    Statistic,
+    add_common_arguments,
+    alternate,
+    fit_exponent,
+    peak_bytes,
+    positive,
+    prepare,
+    pyplot,
+    seconds,
+    total_memory,
+    write_report,
+)
+
+POSITIONS = (192, 768, 3072, 12288, 49152)
+QUICK_POSITIONS = (192, 768, 3072, 12288)
+LINEAR = 1.1  # exponents up to here count as linear
+# Time is fitted on the largest sizes only: below them a pass is mostly overhead, which does not grow.
+TIMED_SIZES = 3
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One block: the attention's name, landmarks (or bases) and groups."""
+
+    label: str
+    attention: str
+    landmarks: tuple[int, int] = (12, 8)
+    groups: int = 1
+
+    def build(self, channels: int) -> AttentionBlock:
+        """The block for maps of `channels` channels."""
+        return build_attention(self.attention, channels, groups=self.groups, landmarks=self.landmarks)
+
+
+CURVES: Mapping[str, Curve] = {
+    "sa": Curve("SA", "sa"),
+    "csa": Curve("CSA, 96 bases, 2 groups", "csa", groups=2),
+    "csalr-24-2": Curve("CSALR, 24 landmarks, 2 groups", "csalr", (6, 4), 2),
+    "csalr-48-2": Curve("CSALR, 48 landmarks, 2 groups", "csalr", (12, 4), 2),
+    "csalr-96-2": Curve("CSALR, 96 landmarks, 2 groups", "csalr", (12, 8), 2),
+    "csalr-192-2": Curve("CSALR, 192 landmarks, 2 groups", "csalr", (24, 8), 2),
+    "csalr-96-1": Curve("CSALR, 96 landmarks, 1 group", "csalr", (12, 8), 1),
+    "csalr-96-4": Curve("CSALR, 96 landmarks, 4 groups", "csalr", (12, 8), 4),
+    "csalr-96-8": Curve("CSALR, 96 landmarks, 8 groups", "csalr", (12, 8), 8),
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The study's flags."""
+    add_common_arguments(parser)
+    parser.add_argument("--channels", type=positive, default=256, metavar="N", help="C of the block, by 32 (256)")
+    parser.add_argument("--batch-size", type=positive, default=1, metavar="N", help="maps a batch (1)")
+    parser.add_argument(
+        "--positions",
+        type=positive,
+        nargs="+",
+        metavar="N",
+        help=f"sizes, each 192 times a square ({' '.join(map(str, POSITIONS))}; quick up to {QUICK_POSITIONS[-1]})",
+    )
+    parser.add_argument(
+        "--limit", type=positive, metavar="SECONDS", help="a pass that would take longer is left out (60; quick 3)"
+    )
+
+
+def run(options: argparse.Namespace) -> None:
+    """Measure what is missing in the folder, then write table and picture.
+
+    Raises:
+        UserError: for a flag that cannot be used, before anything is measured.
+    """
+    device = prepare(options)
+    positions = sorted(set(options.positions or (QUICK_POSITIONS if options.quick else POSITIONS)))
+    for n in positions:
+        map_size(n)
+    if len(positions) < 2:
+        raise UserError(f"--positions {positions[0]} is one size: an exponent needs two at least.")
+    if options.channels % 32:
+        raise UserError(f"--channels {options.channels} must be a multiple of 32: 8 groups share a quarter of them.")
+    settings = {
+        "channels": options.channels,
+        "batch_size": options.batch_size,
+        "positions": positions,
+        "limit_seconds": options.limit or (3 if options.quick else 60),
+        "threads": options.threads,
+        "device": options.device,
+    }
+    results = Results(options.out, "scale", settings, device)
+    if len(results.rounds) < options.repeats:
+        torch.manual_seed(0)
+        passes = {
+            case_name(curve, n): Pass(block, n, options.batch_size)
+            for curve, block in ((name, one.build(options.channels).to(device)) for name, one in CURVES.items())
+            for n in positions
+        }
+        explore(results, passes, positions, device)
+        fitting = {name: one.sample for name, one in passes.items() if "left_out" not in results.counts[name]}
+        alternate(results, fitting, options.repeats)
+    results.summary = summarise(results)
+    results.save()
+    report(results)
+
+
+def map_size(n: int) -> tuple[int, int]:
+    """Height and width, 3 to 1, of a map with n positions.
+
+    Raises:
+        UserError: n is not 192 times a square number.
+    """
+    factor = math.isqrt(n // 192)
+    if n < 192 or 192 * factor**2 != n:
+        raise UserError(f"--positions {n} is not 192 times a square: allowed is 192, 768, 1728, 3072, ...")
+    return 24 * factor, 8 * factor
+
+
+def case_name(curve: str, n: int) -> str:
+    """The name of one case in the results."""
+    return f"{curve}/{n}"
+
+
+class Pass:
+    """A block's training pass over maps of n positions; the maps exist only while it is measured.
+
+    Args:
+        block: on the device that it is measured on.
+        n: positions.
+        batch_size: maps.
+    """
+
+    def __init__(self, block: AttentionBlock, n: int, batch_size: int) -> None:
+        self.block, self.n, self.batch_size = block.train(), n, batch_size
+
+    def inputs(self, device: torch.device) -> Tensor:
+        """Random maps (B, C, H, W) that ask for a gradient, as a stage's output does."""
+        shape = (self.batch_size, self.block.channels, *map_size(self.n))
+        return torch.randn(shape, device=device, requires_grad=True)
+
+    def sample(self) -> Sample:
+        """Seconds of a forward and a backward pass."""
+        device = next(self.block.parameters()).device
+        x = self.inputs(device)
+        gradient = torch.randn_like(x)
+        taken = seconds(functools.partial(self.forward_and_backward, x, gradient), device)
+        self.block.zero_grad()
+        return {"seconds": taken}
+
+    def forward_and_backward(self, x: Tensor, gradient: Tensor) -> None:
+        """The pass itself."""
+        self.block(x).backward(gradient)
+
+    def count(self) -> dict[str, float]:
+        """Bytes a map: kept for the backward pass, and at most held at one time."""
+        device = next(self.block.parameters()).device
+        # On a CPU both devices keep the same; only a GPU's kernels keep what a device without data cannot know.
+        counted, place = (self.block, device) if device.type == "cuda" else (_on_meta(self.block), torch.device("meta"))
+        kept = kept_bytes(counted, self.inputs(place))
+        x = self.inputs(device)
+        gradient = torch.randn_like(x)
+        peak = peak_bytes(functools.partial(self.forward_and_backward, x, gradient), device)
+        self.block.zero_grad()
+        return {"kept_bytes": kept / self.batch_size, "peak_bytes": peak / self.batch_size}
+
+
+def _on_meta(block: AttentionBlock) -> AttentionBlock:
+    return copy.deepcopy(block).to("meta")
+
+
+def explore(results: Results, passes: Mapping[str, Pass], positions: list[int], device: torch.device) -> None:
+    """Count every case's memory, from the smallest size up, and say which do not fit."""
+    budget = total_memory(device) / 2
+    limit = results.identity["settings"]["limit_seconds"]
+    with tqdm(total=len(passes), desc="counting", unit="case") as progress:
+        for curve in CURVES:
+            for index, n in enumerate(positions):
+                name = case_name(curve, n)
+                progress.update()
+                if name in results.counts:
+                    continue
+                smaller = [(size, results.counts[case_name(curve, size)]) for size in positions[:index]]
+                reason = why_left_out(n, smaller, passes[name].batch_size, limit, budget)
+                if reason is None:
+                    try:
+                        first = passes[name].sample()["seconds"]
+                        results.counts[name] = {"first_pass_seconds": first, **passes[name].count()}
+                    except torch.OutOfMemoryError:
+                        reason = "out of memory"
+                        torch.cuda.empty_cache()
+                if reason is not None:
+                    results.counts[name] = {"left_out": reason}
+                results.save()
+
+
+def why_left_out(
+    n: int, smaller: list[tuple[int, dict[str, Any]]], batch_size: int, limit: float, budget: float
+) -> str | None:
+    """Why a case is not measured, going by the smaller sizes of its curve; None where it is."""
+    for _, counts in smaller:
+        if "left_out" in counts:
+            return str(counts["left_out"])
+    if not smaller:
+        return None
+
+    def expected(what: str) -> float:
+        size, last = smaller[-1]
+        exponent = 1.0
+        if len(smaller) > 1:
+            before, counts = smaller[-2]
+            exponent = min(2.0, max(1.0, math.log(last[what] / counts[what]) / math.log(size / before)))
+        return float(last[what] * (n / size) ** exponent)
+
+    if expected("first_pass_seconds") > limit:
+        return f"over {limit:g} s"
+    if batch_size * expected("peak_bytes") > budget:
+        return f"over {budget / 1e9:.0f} GB"
+    return None
+
+
+def summarise(results: Results) -> dict[str, Any]:
+    """By curve the sizes that were measured, their costs, and the fitted exponents."""
+    summary: dict[str, Any] = {}
+    for curve in CURVES:
+        counts = {n: results.counts[case_name(curve, n)] for n in results.identity["settings"]["positions"]}
+        sizes = [n for n in counts if "left_out" not in counts[n]]
+        left_out = {str(n): counts[n]["left_out"] for n in counts if "left_out" in counts[n]}
+        figures: dict[str, Any] = {"positions": sizes, "left_out": left_out}
+        samples = {n: results.samples(case_name(curve, n), "seconds") for n in sizes}
+        figures["seconds"] = [Statistic.of(samples[n]).__dict__ for n in sizes]
+        for what in ("kept_bytes", "peak_bytes"):
+            figures[what] = [counts[n][what] for n in sizes]
+        if len(sizes) > 1:
+            large = sizes[-TIMED_SIZES:]
+            fits = [fit_exponent(large, costs) for costs in zip(*(samples[n] for n in large), strict=True)]
+            figures["time_exponent"] = Statistic.of(fits).__dict__
+            figures["kept_exponent"] = fit_exponent(sizes, figures["kept_bytes"])
+            figures["peak_exponent"] = fit_exponent(large, figures["peak_bytes"][-TIMED_SIZES:])
+        summary[curve] = figures
+    return summary
+
+
+def report(results: Results) -> None:
+    """Write scale.md and scale.png."""
+    positions = results.identity["settings"]["positions"]
+
+    def table(what: str, unit: float, exponent: str) -> str:
+        lines = []
+        for curve, figures in results.summary.items():
+            by_size = dict(zip(figures["positions"], figures[what], strict=True))
+            cells = [_cell(by_size[n], unit) if n in by_size else f"({figures['left_out'][str(n)]})" for n in positions]
+            lines.append((CURVES[curve].label, *cells, _cell(figures.get(exponent), 1)))
+        return tabulate(lines, ("block", *map(str, positions), "exponent"), tablefmt="github", disable_numparse=True)
+
+    tables = (
+        f"Milliseconds of a training pass over n positions:\n\n{table('seconds', 1e-3, 'time_exponent')}",
+        f"MB a map kept for the backward pass:\n\n{table('kept_bytes', 1e6, 'kept_exponent')}",
+        f"MB a map held at most:\n\n{table('peak_bytes', 1e6, 'peak_exponent')}",
+    )
+    notes = (
+        verdict(results.summary),
+        f"exponents of time and of the most held are fitted on the {TIMED_SIZES} largest sizes, that of kept memory on "
+        "all; ± is half the distance of the quartiles over the rounds",
+        "in brackets: not measured, for a pass would take or hold more than that",
+    )
+    draw(results)
+    write_report(results, "How a block's cost grows with the positions", "\n\n".join(tables), notes)
+
+
+def _cell(value: Any, unit: float) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, dict):
+        return str(Statistic(value["median"] / unit, value["spread"] / unit))
+    return f"{value / unit:.3g}"
+
+
+def verdict(summary: Mapping[str, Any]) -> str:
+    """Whether CSALR grew linearly, and its largest exponents."""
+    ours = [figures for curve, figures in summary.items() if curve.startswith("csalr") and "kept_exponent" in figures]
+    if not ours:
+        return "CSALR was measured at fewer than two sizes: no exponent"
+    time = max(figures["time_exponent"]["median"] for figures in ours)
+    kept = max(figures["kept_exponent"] for figures in ours)
+    linear = "linear" if max(time, kept) <= LINEAR else "NOT linear"
+    return f"CSALR's largest exponents: {time:.2f} of time, {kept:.2f} of kept memory; {linear} (at most {LINEAR})"
+
+
+def draw(results: Results) -> None:
+    """Time, kept memory and the most held against n, both axes logarithmic."""
+    panels = (
+        ("seconds", "time of a training pass, s"),
+        ("kept_bytes", "kept for the backward pass, MB a map"),
+        ("peak_bytes", "held at most, MB a map"),
+    )
+    figure, axes = pyplot().subplots(1, len(panels), figsize=(15, 4.8), layout="constrained")
+    for axis, (what, title) in zip(axes, panels, strict=True):
+        for curve, figures in results.summary.items():
+            values = [one["median"] if what == "seconds" else one / 1e6 for one in figures[what]]
+            style = {"sa": "ks-", "csa": "k^:"}.get(curve, "o-" if curve.endswith("-2") else "o--")
+            axis.plot(figures["positions"], values, style, label=CURVES[curve].label, markersize=4)
+        positions = results.identity["settings"]["positions"]
+        axis.set(xscale="log", yscale="log", xlabel="positions n", title=title)
+        axis.set_xticks(positions, map(str, positions))
+        axis.minorticks_off()
+        axis.grid(alpha=0.3)
+    axes[0].legend(fontsize=8)
+    figure.savefig(results.path.with_suffix(".png"), dpi=120)
+    pyplot().close(figure)

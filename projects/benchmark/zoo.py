@@ -1,0 +1,318 @@
+"""The host's models beside the plugin's: size, operations, speed, and accuracy where weights are given.
+
+Every model embeds the same images in turn. With --root, -s and --weights the host's data manager and evaluator add mAP
+and rank-1. README.md in projects/benchmark says what each figure is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import functools
+import io
+import math
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from tabulate import tabulate
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from csalr_plugin.errors import UserError, suggest
+from csalr_plugin.models import MODEL_NAMES
+from csalr_plugin.models.cost import count_gmacs, count_parameters
+
+from .harness import (
+    Results,
+    Sample,
+    Statistic,
+    add_common_arguments,
+    alternate,
+    positive,
+    prepare,
+    pyplot,
+    seconds,
+    write_report,
+)
+
+HOST_MODELS = (
+    "resnet50",
+    "resnet50_fc512",
+    "pcb_p6",
+    "mlfn",
+    "hacnn",
+    "osnet_x1_0",
+    "osnet_ain_x1_0",
+    "mobilenetv2_x1_0",
+)
+MODELS = (*HOST_MODELS, *MODEL_NAMES)
+# HACNN is made for one size of image.
+FIXED_SIZES = {"hacnn": (160, 64)}
+NUM_CLASSES = 751  # as Market-1501 has
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The study's flags."""
+    add_common_arguments(parser)
+    parser.add_argument("--height", type=positive, default=256, metavar="N", help="image height (256; hacnn: 160)")
+    parser.add_argument("--width", type=positive, default=128, metavar="N", help="image width (128; hacnn: 64)")
+    parser.add_argument("--batch-size", type=positive, metavar="N", help="images a batch (16; quick 4)")
+    parser.add_argument("--only", nargs="+", metavar="MODEL", help=f"these models, of {', '.join(MODELS)}")
+    parser.add_argument("--root", type=Path, metavar="DIR", help="folder of the datasets, for mAP and rank-1")
+    parser.add_argument("-s", "--sources", nargs="+", metavar="NAME", help="datasets that --weights were trained on")
+    parser.add_argument("-t", "--targets", nargs="+", metavar="NAME", help="datasets to evaluate on (the sources)")
+    parser.add_argument("--weights", nargs="+", default=[], metavar="MODEL=PATH", help="checkpoints to evaluate")
+
+
+def run(options: argparse.Namespace) -> None:
+    """Measure what is missing in the folder, then write table and picture.
+
+    Raises:
+        UserError: for a flag that cannot be used, before anything is measured.
+    """
+    device = prepare(options)
+    names = [name for name in MODELS if not options.only or name in options.only]
+    for name in options.only or ():
+        if name not in MODELS:
+            raise UserError(f"--only: unknown model {name!r}; allowed is {', '.join(MODELS)}.{suggest(name, MODELS)}")
+    if options.height < 64 or options.width < 32:
+        raise UserError(f"--height {options.height} --width {options.width} is too small: 64 and 32 at least.")
+    weights = checkpoints(options, names)
+    batch_size = options.batch_size or (4 if options.quick else 16)
+    settings = {
+        "height": options.height,
+        "width": options.width,
+        "batch_size": batch_size,
+        "models": names,
+        "threads": options.threads,
+        "device": options.device,
+    }
+    results = Results(options.out, "zoo", settings, device)
+    if len(results.rounds) < options.repeats:
+        torch.manual_seed(0)
+        entries = {
+            name: Entry(build(name).to(device), image_size(name, options.height, options.width), batch_size)
+            for name in tqdm(names, desc="building", unit="model")
+        }
+        for name in tqdm(names, desc="counting", unit="model"):
+            if "gmacs" not in results.counts.get(name, {}):
+                results.counts[name] = entries[name].count()
+                results.save()
+        alternate(results, {name: one.sample for name, one in entries.items()}, options.repeats)
+    evaluate(results, options, weights)
+    results.summary = summarise(results)
+    results.save()
+    report(results)
+
+
+def checkpoints(options: argparse.Namespace, names: Sequence[str]) -> dict[str, Path]:
+    """The checkpoint of each model that --weights names.
+
+    Raises:
+        UserError: for a word that is no MODEL=PATH, an unknown model, a missing file, or data that is not named.
+    """
+    found: dict[str, Path] = {}
+    for word in options.weights:
+        name, equals, path = word.partition("=")
+        if not equals or not path:
+            raise UserError(f"--weights {word!r} is not MODEL=PATH; for example pcb_csalr=model.pth.tar-100.")
+        if name not in names:
+            allowed = f"it must be one of {', '.join(names)}.{suggest(name, names)}"
+            raise UserError(f"--weights: model {name!r} is not measured; {allowed}")
+        if not Path(path).expanduser().is_file():
+            raise UserError(f"--weights {word!r}: {path!r} is not a file; give the path of a checkpoint.")
+        found[name] = Path(path).expanduser()
+    if found and not (options.root and options.sources):
+        raise UserError("--weights needs the data to evaluate on: add --root DIR and -s NAME.")
+    if options.root and not found:
+        raise UserError("--root is for mAP and rank-1: add --weights MODEL=PATH.")
+    return found
+
+
+def image_size(name: str, height: int, width: int) -> tuple[int, int]:
+    """Height and width that a model is measured at."""
+    return FIXED_SIZES.get(name, (height, width))
+
+
+def build(name: str) -> nn.Module:
+    """A model of the host's registry, the plugin's among them, from random weights."""
+    from csalr_plugin.hosts.torchreid import model_registry
+
+    warnings.filterwarnings("ignore", module=r"torchreid\.")  # of functions that today's torch calls otherwise
+    model: nn.Module = model_registry()[name](num_classes=NUM_CLASSES, loss="softmax", pretrained=False, use_gpu=False)
+    return model.eval()
+
+
+class Entry:
+    """A model with images of its size.
+
+    Args:
+        model: in eval mode, on the device that it is measured on.
+        size: height and width of its images.
+        batch_size: images of the batch.
+    """
+
+    def __init__(self, model: nn.Module, size: tuple[int, int], batch_size: int) -> None:
+        self.model, self.size, self.batch_size = model, size, batch_size
+        self.device = next(model.parameters()).device
+
+    def embed(self, images: Tensor) -> Tensor:
+        """Embeddings (B, width) of images (B, 3, H, W)."""
+        with torch.inference_mode():
+            embeddings: Tensor = self.model(images)
+        return embeddings
+
+    def sample(self) -> Sample:
+        """Seconds of one image alone, and of the batch."""
+        images = torch.randn(self.batch_size, 3, *self.size, device=self.device)
+        one, many = (functools.partial(self.embed, part) for part in (images[:1], images))
+        return {"latency_seconds": seconds(one, self.device), "batch_seconds": seconds(many, self.device)}
+
+    def count(self) -> dict[str, Any]:
+        """What need not be repeated: parameters, operations, width of the embedding, bytes of a checkpoint."""
+        file = io.BytesIO()
+        torch.save(self.model.state_dict(), file)
+        return {
+            "size": list(self.size),
+            "parameters": count_parameters(self.model),
+            "gmacs": count_gmacs(self.model, *self.size),
+            "embedding": self.embed(torch.zeros(1, 3, *self.size, device=self.device)).shape[1],
+            "checkpoint_bytes": len(file.getbuffer()),
+        }
+
+
+def evaluate(results: Results, options: argparse.Namespace, weights: dict[str, Path]) -> None:
+    """Add mAP and rank-1 of each checkpoint, through the host's data manager and evaluator.
+
+    Raises:
+        UserError: for data or weights that cannot be used.
+    """
+    for name, path in tqdm(weights.items(), desc="evaluating", unit="model", disable=not weights):
+        targets = options.targets or options.sources
+        asked = {
+            "weights": str(path.resolve()),
+            "changed": path.stat().st_mtime,
+            "root": str(options.root),
+            "sources": options.sources,
+            "targets": targets,
+        }
+        if results.counts[name].get("evaluated") != asked:
+            results.counts[name]["accuracy"] = accuracy(results, options, name, path, targets)
+            results.counts[name]["evaluated"] = asked
+            results.save()
+
+
+def accuracy(
+    results: Results, options: argparse.Namespace, name: str, path: Path, targets: Sequence[str]
+) -> dict[str, dict[str, float]]:
+    """mAP and rank-1, from 0 to 1, of one checkpoint on each target."""
+    from csalr_plugin.hosts.torchreid.config import default_config
+    from csalr_plugin.hosts.torchreid.train import train
+
+    height, width = results.counts[name]["size"]
+    config = default_config()
+    overrides = {
+        "model.name": name,
+        "model.pretrained": False,
+        "model.load_weights": str(path),
+        "data.root": str(options.root),
+        "data.sources": list(options.sources),
+        "data.targets": list(targets),
+        "data.height": height,
+        "data.width": width,
+        "data.workers": options.threads,
+        "data.save_dir": str(options.out / "evaluation" / name),
+        "test.evaluate": True,
+        "use_gpu": options.device == "cuda",
+    }
+    config.merge_from_list([item for pair in overrides.items() for item in pair])
+    with contextlib.redirect_stdout(io.StringIO()):  # the host's words stand in the log below save_dir
+        found = train(config)
+    return {target: {what: float(figures[what]) for what in ("mAP", "rank-1")} for target, figures in found.items()}
+
+
+def summarise(results: Results) -> dict[str, Any]:
+    """By model what is in the table."""
+    summary: dict[str, Any] = {}
+    batch_size = results.identity["settings"]["batch_size"]
+    for name in results.identity["settings"]["models"]:
+        latency = Statistic.of(results.samples(name, "latency_seconds"))
+        throughput = Statistic.of([batch_size / sample for sample in results.samples(name, "batch_seconds")])
+        counts = {what: value for what, value in results.counts[name].items() if what != "evaluated"}
+        summary[name] = {**counts, "latency_seconds": latency.__dict__, "images_per_second": throughput.__dict__}
+    return summary
+
+
+def report(results: Results) -> None:
+    """Write zoo.md and zoo.png."""
+    targets = list(dict.fromkeys(target for row in results.summary.values() for target in row.get("accuracy", ())))
+    header = [
+        "model",
+        "image",
+        "parameters (M)",
+        "GMACs",
+        "embedding",
+        "latency (ms)",
+        "images/s",
+        "checkpoint (MB)",
+        *(f"{target} {what}" for target in targets for what in ("mAP", "rank-1")),
+    ]
+    lines = []
+    for name, row in results.summary.items():
+        latency, throughput = (Statistic(**row[what]) for what in ("latency_seconds", "images_per_second"))
+        found = row.get("accuracy", {})
+        lines.append(
+            (
+                name,
+                "x".join(map(str, row["size"])),
+                f"{row['parameters'] / 1e6:.2f}",
+                f"{row['gmacs']:.2f}",
+                str(row["embedding"]),
+                str(Statistic(1e3 * latency.median, 1e3 * latency.spread)),
+                str(throughput),
+                f"{row['checkpoint_bytes'] / 1e6:.1f}",
+                *(f"{found[one][what]:.1%}" if one in found else "" for one in targets for what in ("mAP", "rank-1")),
+            )
+        )
+    notes = (
+        "GMACs are of one image, every matrix product counted; parameters and checkpoint are those of training, its "
+        f"classifiers for {NUM_CLASSES} identities included; MB = 1e6 bytes",
+        "latency is that of one image, images/s that of a batch; ± is half the distance of the quartiles",
+        "accuracy, where it is given, is that of the weights given, through the host's evaluator",
+    )
+    draw(results, targets)
+    table = tabulate(lines, header, tablefmt="github", disable_numparse=True)
+    write_report(results, "The host's models and the plugin's", table, notes)
+
+
+def draw(results: Results, targets: Sequence[str]) -> None:
+    """Bars of each model's operations, latency and throughput, and of its mAP where there is any."""
+    names = list(results.summary)
+    panels: list[tuple[str, Callable[[Any], float]]] = [
+        ("GMACs an image", lambda row: row["gmacs"]),
+        ("latency of one image, ms", lambda row: 1e3 * row["latency_seconds"]["median"]),
+        ("images a second, in a batch", lambda row: row["images_per_second"]["median"]),
+    ]
+    for target in targets:
+        panels.append((f"mAP on {target}, %", functools.partial(_mean_precision, target)))
+    size = (3.6 * len(panels) + 1.6, 1.2 + 0.3 * len(names))
+    figure, axes = pyplot().subplots(1, len(panels), figsize=size, sharey=True, layout="constrained")
+    for axis, (title, value) in zip(axes, panels, strict=True):
+        values = [value(results.summary[name]) for name in names]
+        colours = ["tab:blue" if name in MODEL_NAMES else "tab:gray" for name in names]
+        bars = axis.barh(range(len(names)), values, color=colours, alpha=0.8)
+        axis.bar_label(bars, ["" if math.isnan(one) else f" {one:.3g}" for one in values], fontsize=8)
+        axis.margins(x=0.15)
+        axis.grid(axis="x", alpha=0.3)
+        axis.set(title=title)
+    axes[0].set_yticks(range(len(names)), names)
+    axes[0].invert_yaxis()
+    figure.savefig(results.path.with_suffix(".png"), dpi=120)
+    pyplot().close(figure)
+
+
+def _mean_precision(target: str, row: dict[str, Any]) -> float:
+    return 100 * row["accuracy"][target]["mAP"] if target in row.get("accuracy", {}) else float("nan")
