@@ -11,8 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from csalr_plugin.errors import UserError, suggest
-
-STAGE_CHANNELS = {1: 256, 2: 512, 3: 1024, 4: 2048}  # of ResNet-50
+from csalr_plugin.models import STAGE_CHANNELS
 
 
 @dataclass(frozen=True)
