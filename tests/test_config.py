@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -109,6 +111,10 @@ def test_text_becomes_the_type_of_its_key(key: str, text: str, value: object) ->
         ("csalr.key_ratio", "0", "a number greater than 0 and of at most 1"),
         ("csalr.key_ratio", "1.5", "a number greater than 0 and of at most 1"),
         ("csalr.overwrite", "maybe", "true or false"),
+        ("csalr.amp", "fp8", "one of none, bf16, fp16"),
+        ("csalr.accumulate", "0", "an integer of at least 1"),
+        ("csalr.compile", "fast", "true or false"),
+        ("csalr.channels_last", "1", "true or false"),
         ("csalr.rpp.pcb_epochs", "-1", "an integer of at least 0"),
         ("CSALR.GROUPS", "none", "an integer"),
         ("loss.name", "softmx", "one of softmax, triplet. Did you mean 'softmax'?"),
@@ -277,3 +283,15 @@ def test_the_active_config_is_the_default_until_one_is_set() -> None:
         assert active_config() is config
     finally:
         assert set_active_config(None) is config
+
+
+def test_a_mistake_in_the_settings_is_told_before_torch_is_loaded() -> None:
+    program = (
+        "import sys\nfrom csalr_plugin.errors import UserError\n"
+        "from csalr_plugin.hosts.torchreid.config import default_config\n"
+        "config = default_config()\nconfig.merge_from_list(['csalr.groups', '3'])\n"
+        "try:\n    config.validate()\nexcept UserError as error:\n    print(error, 'torch' in sys.modules)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert "does not divide the 256 channels of stage 1" in done.stdout, done.stderr
+    assert done.stdout.endswith(" False\n")

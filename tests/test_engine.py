@@ -5,20 +5,33 @@ from __future__ import annotations
 import json
 import os
 import signal
+import threading
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torchreid
+from torch import nn
 from torch.nn import functional as F
 
+from csalr_plugin.attention import build_attention
 from csalr_plugin.errors import UserError
 from csalr_plugin.hosts.torchreid import engine as engine_module
 from csalr_plugin.hosts.torchreid import register
 from csalr_plugin.hosts.torchreid.config import OPTIMIZER, Config, default_config, set_active_config
+from csalr_plugin.hosts.torchreid.engine import keep_autocast_in_threads
 from csalr_plugin.hosts.torchreid.optimizer import WarmUp, build_optimizer
-from csalr_plugin.hosts.torchreid.train import build_datamanager, build_engine, build_network, train
+from csalr_plugin.hosts.torchreid.train import (
+    build_datamanager,
+    build_engine,
+    build_network,
+    resume_from_checkpoint,
+    train,
+)
+from csalr_plugin.models import build_model
 from csalr_plugin.models.weights import read_checkpoint
 
 register()
@@ -33,6 +46,10 @@ def settings(data: Path, folder: Path, *overrides: Any) -> Config:
     config.merge_from_list(list(overrides))
     config.use_gpu = False
     return config
+
+
+# A host's model that trains in a second: what is tested is the engine's.
+SMALL = ("model.name", "osnet_x0_25", "train.staged_lr", False)
 
 
 def make_engine(config: Config) -> Any:
@@ -115,7 +132,8 @@ def test_warm_up_scales_the_blocks_rate_and_leaves_it_as_it_was() -> None:
     slow, fast = torch.zeros(1, requires_grad=True), torch.zeros(1, requires_grad=True)
     optimizer = torch.optim.SGD([{"params": [slow], "role": "attention"}, {"params": [fast]}], lr=1.0)
     slow.grad, fast.grad = torch.ones(1), torch.ones(1)
-    WarmUp(optimizer, 4).step(optimizer, 0)
+    with WarmUp(optimizer, 4).at(0):
+        optimizer.step()
     assert (slow.item(), fast.item()) == (-0.25, -1.0)
     assert [group["lr"] for group in optimizer.param_groups] == [1.0, 1.0]
 
@@ -242,3 +260,328 @@ def test_the_hosts_feature_extractor_takes_a_checkpoint_of_the_plugins(tiny_data
     with torch.no_grad():
         expected = engine.model(loader.dataset[0]["img"][None])
     torch.testing.assert_close(extractor([path]), expected)
+
+
+def same_start(engine: Any, *others: Any, mixing: bool = True) -> None:
+    """Weights that are alike, gates that are open, no dropout; without `mixing` batch norms that see no batch."""
+    for block in engine.network.attention.values():
+        nn.init.constant_(block.alpha, 0.3)
+    for one in (engine, *others):
+        one.network.load_state_dict(engine.network.state_dict())
+        one.model.train()
+        for module in one.network.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
+            if isinstance(module, nn.modules.batchnorm._BatchNorm) and not mixing:
+                module.eval()
+
+
+def assert_same_weights(engine: Any, other: Any, **tolerance: float) -> None:
+    expected, got = engine.network.state_dict(), other.network.state_dict()
+    assert list(expected) == list(got)
+    for name in expected:
+        torch.testing.assert_close(got[name], expected[name], **tolerance, msg=lambda text, name=name: f"{name} {text}")
+
+
+@pytest.mark.parametrize(("accumulate", "first_of"), [(2, 0), (3, 3)])  # of five batches: whole, and incomplete
+def test_accumulated_batches_make_the_step_of_the_large_batch(
+    tiny_data: Path, tmp_path: Path, accumulate: int, first_of: int
+) -> None:
+    # A limit that clips: it must apply once, to the whole gradient.
+    keys = ("csalr.clip_gradient", 0.02, "csalr.warmup", 0)
+    large = make_engine(settings(tiny_data, tmp_path, *keys))
+    small = make_engine(settings(tiny_data, tmp_path, *keys, "csalr.accumulate", accumulate))
+    assert len(small.train_loader) == 5
+    same_start(large, small, mixing=False)
+    batch = next(iter(large.train_loader))
+    before = large.network.state_dict()["attention.stage3.query.weight"].clone()
+    large.iteration(batch, 0)
+    first, second = ({key: batch[key][part] for key in ("img", "pid")} for part in (slice(0, 4), slice(4, 8)))
+    small.iteration(first, first_of)
+    assert torch.equal(small.network.state_dict()["attention.stage3.query.weight"], before)
+    small.iteration(second, first_of + 1)
+    query = [engine.network.attention["stage3"].query.weight for engine in (large, small)]
+    assert not torch.equal(query[0], before)
+    torch.testing.assert_close(query[1].grad, query[0].grad, rtol=1e-3, atol=1e-6)
+    assert_same_weights(large, small, rtol=1e-4, atol=1e-6)
+
+
+def test_warm_up_counts_optimizer_steps(tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    at, seen = WarmUp.at, []
+
+    def watch(self: WarmUp, step: int) -> Any:
+        seen.append(step)
+        return at(self, step)
+
+    monkeypatch.setattr(WarmUp, "at", watch)
+    train(settings(tiny_data, tmp_path, *SMALL, "csalr.accumulate", 2))
+    assert seen == [0, 1, 2, 3, 4, 5]  # two epochs of five batches
+
+
+def progress(folder: Path, name: str) -> Any:
+    return read_checkpoint(folder / "model" / name)["optimizer"]["param_groups"][0]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "stopped_at", "goes_on_at"),
+    [
+        (("csalr.accumulate", 2), 2, 2),  # within the group of batches 2 and 3
+        (("csalr.amp", "fp16", "csalr.accumulate", 2, "csalr.channels_last", True), 2, 2),
+    ],
+)
+def test_a_stop_within_accumulated_batches_or_with_a_loss_scale_resumes_exactly(
+    tiny_data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    overrides: tuple[Any, ...],
+    stopped_at: int,
+    goes_on_at: int,
+) -> None:
+    overrides += ("train.max_epoch", 1)
+    whole, halves = tmp_path / "whole", tmp_path / "halves"
+    straight = train(settings(tiny_data, whole, *SMALL, *overrides))
+    iteration = engine_module._PluginTraining.iteration
+
+    def stop(self: Any, data: Any, number: int) -> dict[str, float]:
+        if number == stopped_at:
+            os.kill(os.getpid(), signal.SIGINT)  # Ctrl-C, within a batch
+        return iteration(self, data, number)
+
+    monkeypatch.setattr(engine_module._PluginTraining, "iteration", stop)
+    with pytest.raises(KeyboardInterrupt):
+        train(settings(tiny_data, halves, *SMALL, *overrides))
+    monkeypatch.setattr(engine_module._PluginTraining, "iteration", iteration)
+    interrupted = halves / "model" / f"model.pth.tar-0-batch{goes_on_at}"
+    resumed = train(settings(tiny_data, halves, *SMALL, *overrides, "model.resume", str(interrupted)))
+    assert resumed == straight
+    expected, got = weights_of(whole, 1), weights_of(halves, 1)
+    assert all(torch.equal(expected[name], got[name]) for name in expected)
+    assert progress(whole, "model.pth.tar-1")["scaler"] == progress(halves, "model.pth.tar-1")["scaler"]
+    if "fp16" in overrides:
+        # Gradients that overflowed have made it smaller: a scale that is not resumed would show.
+        assert 0 < progress(halves, interrupted.name)["scaler"]["scale"] < 2**16
+
+
+def test_the_hosts_own_resuming_reads_a_checkpoint_with_a_loss_scale_and_carries_it_over(
+    tiny_data: Path, tmp_path: Path
+) -> None:
+    keys = (*SMALL, "csalr.amp", "fp16")
+    engine = make_engine(settings(tiny_data, tmp_path, *keys))
+    engine.scaler.load_state_dict({**engine.scaler.state_dict(), "scale": 1024.0})
+    engine._save_interrupted()
+    fresh = make_engine(settings(tiny_data, tmp_path, *keys))
+    path = str(tmp_path / "model" / "model.pth.tar-0-batch0")
+    assert torchreid.utils.torchtools.resume_from_checkpoint(path, fresh.model, fresh.optimizer) == 0
+    fresh.max_epoch = 1
+    fresh.train(print_freq=100)
+    assert fresh.scaler.get_scale() == 1024
+
+
+def test_fp16_computes_the_loss_of_fp32_to_its_precision_and_the_triplet_loss_too(
+    tiny_data: Path, tmp_path: Path
+) -> None:
+    loss = ("loss.name", "triplet", "sampler.train_sampler", "RandomIdentitySampler", "sampler.num_instances", 2)
+    loss += ("train.batch_size", 4, "csalr.clip_gradient", 0.02)
+    full = make_engine(settings(tiny_data, tmp_path, *loss))
+    half = make_engine(settings(tiny_data, tmp_path, *loss, "csalr.amp", "fp16"))
+    same_start(full, half)
+    batch = next(iter(full.train_loader))
+    seen: list[torch.dtype] = []
+    half.network.layer3.register_forward_hook(lambda *given: seen.append(given[-1].dtype))
+    expected, got = full.iteration(batch, 0), half.iteration(batch, 0)
+    assert seen == [torch.float16]
+    assert got.pop("loss_scale") == 2**16
+    assert set(got) == set(expected)
+    for name in ("loss", "L_F", "triplet", "L_DS_stage3"):
+        assert got[name] == pytest.approx(expected[name], rel=2e-2), name
+    # Unscaled before they are clipped: the limit takes as much of the block's gradient as in fp32.
+    blocks = [engine.network.attention["stage3"] for engine in (full, half)]
+    norms = [torch.nn.utils.get_total_norm([p.grad for p in block.parameters()]).item() for block in blocks]
+    assert norms == pytest.approx([0.02, 0.02], rel=0.05)
+    first = [engine.network.conv1.weight.grad for engine in (full, half)]
+    assert F.cosine_similarity(first[0].flatten(), first[1].flatten(), dim=0) > 0.98
+    assert first[1].norm().item() == pytest.approx(first[0].norm().item(), rel=0.05)
+
+
+def test_a_step_that_overflows_fp16_is_left_out_and_training_goes_on_with_half_the_scale(
+    tiny_data: Path, tmp_path: Path
+) -> None:
+    engine = make_engine(settings(tiny_data, tmp_path, *SMALL, "csalr.amp", "fp16"))
+    engine.model.train()
+    batch = next(iter(engine.train_loader))
+    engine.scaler.load_state_dict({**engine.scaler.state_dict(), "scale": 2.0**60})
+    before = {name: value.clone() for name, value in engine.network.named_parameters()}
+    summary = engine.iteration(batch, 0)
+    assert summary["loss_scale"] == 2.0**59
+    assert all(torch.equal(value, before[name]) for name, value in engine.network.named_parameters())
+    engine.scaler.load_state_dict({**engine.scaler.state_dict(), "scale": 2.0**10})
+    engine.iteration(batch, 0)
+    assert not all(torch.equal(value, before[name]) for name, value in engine.network.named_parameters())
+
+
+def test_a_loss_scale_that_collapses_stops_with_one_line_and_the_weights_as_they_were(
+    tiny_data: Path, tmp_path: Path
+) -> None:
+    engine = make_engine(settings(tiny_data, tmp_path, *SMALL, "csalr.amp", "fp16"))
+    engine.model.train()
+    batch = next(iter(engine.train_loader))
+    first = next(engine.network.parameters())
+    first.register_hook(lambda gradient: gradient * float("inf"))
+    engine.scaler.load_state_dict({**engine.scaler.state_dict(), "scale": 4.0})
+    before = first.clone()
+    assert [engine.iteration(batch, number)["loss_scale"] for number in range(2)] == [2.0, 1.0]
+    with pytest.raises(UserError, match=r"gradient norm = (nan|inf).*csalr\.amp bf16") as error:
+        engine.iteration(batch, 2)
+    assert "\n" not in str(error.value)
+    assert torch.equal(first, before)
+
+
+def test_channels_last_changes_the_layout_and_not_the_result(tiny_data: Path, tmp_path: Path) -> None:
+    plain = make_engine(settings(tiny_data, tmp_path))
+    last = make_engine(settings(tiny_data, tmp_path, "csalr.channels_last", True))
+    same_start(plain, last)
+    layouts: list[bool] = []
+
+    def watch(_: nn.Module, inputs: Any, output: torch.Tensor) -> None:
+        layouts.extend(one.is_contiguous(memory_format=torch.channels_last) for one in (inputs[0], output))
+
+    for layer in (last.network.conv1, last.network.layer1, last.network.layer3):
+        layer.register_forward_hook(watch)
+    batch = next(iter(plain.train_loader))
+    expected, got = plain.iteration(batch, 0), last.iteration(batch, 0)
+    assert layouts == [True] * 6
+    assert got == pytest.approx(expected, rel=1e-4)
+    assert_same_weights(plain, last, rtol=1e-2, atol=1e-4)
+    loader = plain.test_loader["market1501"]["query"]
+    for engine in (plain, last):
+        engine.network.load_state_dict(plain.network.state_dict())
+        engine.model.eval()
+    torch.testing.assert_close(last._embed(loader, "", False)[0], plain._embed(loader, "", False)[0])
+
+
+@pytest.mark.parametrize(("name", "size"), [("sa", (12, 6)), ("csa", (12, 6)), ("csalr", (12, 6)), ("csalr", (13, 7))])
+def test_every_block_compiles_to_one_graph(name: str, size: tuple[int, int]) -> None:
+    torch._dynamo.reset()
+    block = build_attention(name, 32, landmarks=(4, 2))
+    nn.init.constant_(block.alpha, 0.3)
+    # A break in the graph would be an error.
+    supervised, plain = (torch.compile(one, backend="eager", fullgraph=True) for one in (block.supervised, block))
+    x = torch.randn(2, 32, *size, requires_grad=True)
+    expected, got = block.supervised(x), supervised(x)
+    torch.testing.assert_close(got, expected)
+    gradients = [torch.autograd.grad(sum(one.square().sum() for one in pair), x)[0] for pair in (expected, got)]
+    torch.testing.assert_close(gradients[1], gradients[0])
+    block.eval()
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        with torch.inference_mode(), torch.autocast("cpu", dtype=dtype, enabled=dtype is not torch.float32):
+            torch.testing.assert_close(plain(x), block(x))
+
+
+def test_a_network_with_refined_parts_compiles_to_one_graph_in_both_phases() -> None:
+    torch._dynamo.reset()
+    model = build_model("pcb_rpp_csalr", 4, pretrained=False, stages=(3,), loss="triplet")
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    images, embeddings = torch.randn(2, 3, 64, 32), []
+    for refining in (True, False):
+        model.train().refining = refining
+        logits, embedding = compiled(images)
+        (sum(one.sum() for one in logits) + embedding.sum()).backward()
+        embeddings.append(embedding)
+    assert not torch.allclose(*embeddings)
+
+
+@pytest.fixture
+def compile_with(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """torch.compile with a backend that needs no compiler of the machine's."""
+    torch._dynamo.reset()
+    whole = torch.compile
+
+    def choose(backend: Any) -> None:
+        monkeypatch.setattr(torch, "compile", partial(whole, backend=backend, fullgraph=True))
+
+    return choose
+
+
+def test_a_compiled_network_trains_saves_resumes_and_embeds_as_one_that_is_not(
+    tiny_data: Path, tmp_path: Path, compile_with: Callable[..., None]
+) -> None:
+    graphs: list[Any] = []
+
+    def backend(graph: Any, _: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    compile_with(backend)
+    plain = make_engine(settings(tiny_data, tmp_path))
+    compiled = make_engine(settings(tiny_data, tmp_path, "csalr.compile", True))
+    assert not graphs
+    same_start(plain, compiled)
+    batch = next(iter(plain.train_loader))
+    assert compiled.iteration(batch, 0) == pytest.approx(plain.iteration(batch, 0), rel=1e-5)
+    assert len(graphs) == 1
+    assert_same_weights(plain, compiled, rtol=1e-4, atol=1e-6)
+    compiled._save_interrupted()
+    path = str(tmp_path / "model" / "model.pth.tar-0-batch0")
+    for engine in (plain, compiled):
+        resume_from_checkpoint(path, engine.model, engine.optimizer)
+    assert compiled.iteration(batch, 1) == pytest.approx(plain.iteration(batch, 1), rel=1e-4)
+    assert len(graphs) == 1
+    for engine in (plain, compiled):
+        resume_from_checkpoint(path, engine.model, engine.optimizer)
+        engine.model.eval()
+    with torch.no_grad():
+        maps = [engine.model(batch["img"], return_featuremaps=True) for engine in (plain, compiled)]
+    torch.testing.assert_close(maps[1], maps[0])
+    loader = plain.test_loader["market1501"]["query"]
+    torch.testing.assert_close(compiled._embed(loader, "", False)[0], plain._embed(loader, "", False)[0])
+    assert len(graphs) > 2
+    compiled.model.train()
+    compiled.network.attention["stage3"].value.weight.data.fill_(float("inf"))
+    with pytest.raises(UserError, match="that of block stage3"):
+        compiled.iteration(batch, 2)
+
+
+def test_a_network_that_cannot_be_compiled_here_is_one_line_that_names_the_key(
+    tiny_data: Path, tmp_path: Path, compile_with: Callable[..., None]
+) -> None:
+    def backend(*_: Any) -> Any:
+        raise RuntimeError("no working C++ compiler\nand a page more")
+
+    compile_with(backend)
+    keys = ("model.name", "squeezenet1_1", "train.staged_lr", False, "csalr.compile", True)
+    with pytest.raises(UserError, match=r"csalr\.compile True.*no working C\+\+.*csalr\.compile False") as error:
+        train(settings(tiny_data, tmp_path, *keys))
+    assert "\n" not in str(error.value)
+
+
+def test_an_iteration_waits_for_the_device_twice_however_many_numbers_it_reports(
+    tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = make_engine(settings(tiny_data, tmp_path, "csalr.stages", (1, 2, 3)))
+    batch = next(iter(engine.train_loader))
+    waits: list[str] = []
+    for name in ("item", "tolist", "__bool__", "__float__"):
+        kept = getattr(torch.Tensor, name)
+
+        def watch(self: torch.Tensor, name: str = name, kept: Any = kept) -> Any:
+            waits.append(name)
+            return kept(self)
+
+        monkeypatch.setattr(torch.Tensor, name, watch)
+    summary = engine.iteration(batch, 0)
+    assert len(summary) == 9
+    assert waits == ["tolist", "tolist"]
+
+
+def test_threads_that_only_take_over_that_autocast_is_on_compute_in_its_dtype() -> None:
+    network, seen = nn.Linear(2, 2), []
+    keep_autocast_in_threads(network, torch.autocast("cpu", dtype=torch.float16))
+
+    def as_data_parallel_does() -> None:
+        with torch.autocast("cpu", enabled=True):
+            seen.append(network(torch.ones(1, 2)).dtype)
+
+    thread = threading.Thread(target=as_data_parallel_does)
+    thread.start()
+    thread.join()
+    assert seen == [torch.float16]

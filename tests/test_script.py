@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from urllib.error import URLError
 
 import numpy as np
 import pytest
@@ -17,7 +18,8 @@ from PIL import Image
 from csalr_plugin.commands import main
 from csalr_plugin.errors import UserError
 from csalr_plugin.hosts.torchreid.config import active_config, default_config
-from csalr_plugin.hosts.torchreid.script import check_isfile, run_script
+from csalr_plugin.hosts.torchreid.script import run_script
+from csalr_plugin.hosts.torchreid.train import check_isfile
 
 # A train script of the shape of the host's: greedy flags, its settings in a module beside it, imports by
 # the repository's module paths, a log opened before anything is checked.
@@ -144,6 +146,7 @@ def patched() -> list[object]:
         torchreid.engine.ImageSoftmaxEngine,
         torchreid.engine.VideoTripletEngine,
         torchreid.data.ImageDataManager,
+        torchreid.models.build_model,
         torchreid.optim.build_optimizer,
         *(getattr(torchreid.utils, name) for name in ("set_random_seed", "check_isfile", "load_pretrained_weights")),
     ]
@@ -206,6 +209,23 @@ def test_a_mistake_is_one_line_and_exit_code_2_before_anything_is_written(
     assert error.startswith("csalr: error: ") and error.count("\n") == 1
     assert complaint in error
     assert not list(tmp_path.rglob("script.log"))
+
+
+def test_weights_that_cannot_be_downloaded_are_one_line_too(
+    script: Path,
+    arguments: list[str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def offline(*_: object, **__: object) -> None:
+        raise URLError("no network")
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "hub"))
+    assert main(["run", str(script), *arguments, "model.name", "resnet50", "model.pretrained", "True"]) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith("csalr: error: ImageNet weights of 'resnet50' cannot be downloaded (no network)")
 
 
 def test_an_earlier_runs_checkpoints_are_not_overwritten(

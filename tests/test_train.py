@@ -6,11 +6,13 @@ import re
 import shutil
 from pathlib import Path
 from typing import Any
+from urllib.error import URLError
 
 import pytest
 import torch
 
 from csalr_plugin.commands import main
+from csalr_plugin.errors import UserError
 from csalr_plugin.models import build_model
 
 FOLDER = Path("market1501/Market-1501-v15.09.15")
@@ -80,8 +82,6 @@ def test_an_empty_folder_of_the_dataset_is_named(
 def test_a_dataset_that_is_missing_leaves_no_folder_behind(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from urllib.error import URLError
-
     import torchreid
 
     def offline(url: str, path: str) -> None:
@@ -136,16 +136,60 @@ def test_a_checkpoint_of_another_architecture_is_refused_with_counts(
     assert re.search(r"\d+ (of the model's \d+ )?tensors", line) and "attention.stage3." in line
 
 
-def test_weights_that_cannot_be_downloaded_say_where_to_put_them_and_which_key_takes_a_path(
-    tiny_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from urllib.error import URLError
+@pytest.fixture
+def offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """No network and nothing downloaded before."""
+    import gdown
 
-    def offline(*_: Any, **__: Any) -> None:
+    def fail(*_: Any, **__: Any) -> None:
         raise URLError("no network")
 
-    monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
+    monkeypatch.setattr(torch.hub, "download_url_to_file", fail)
+    monkeypatch.setattr(gdown, "download", fail)
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "hub"))
+
+
+@pytest.mark.parametrize("name", ["resnet50", "osnet_x0_25"])
+def test_weights_of_a_model_of_the_hosts_that_cannot_be_downloaded_are_one_line(
+    tiny_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], offline: None, name: str
+) -> None:
+    line = refusal(capsys, *arguments(tiny_data, tmp_path / "log", "model.pretrained", "True", "model.name", name))
+    assert repr(name) in line and "no network" in line and "model.pretrained False" in line
+
+
+@pytest.mark.parametrize("key", ["load_weights", "resume"])
+@pytest.mark.parametrize("name", ["osnet_x0_25", "pcb"])
+def test_nothing_is_downloaded_where_a_checkpoint_is_loaded_anyway(offline: None, key: str, name: str) -> None:
+    from csalr_plugin.hosts.torchreid.config import default_config, set_active_config
+    from csalr_plugin.hosts.torchreid.train import build_model as build_host_model
+
+    config = default_config()
+    set_active_config(config)
+    with pytest.raises(UserError, match="no network"):
+        build_host_model(name, 4)
+    config.model[key] = "model.pth.tar-1"
+    build_host_model(name, 4)
+
+
+def test_compiling_for_several_gpus_is_refused(
+    tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from csalr_plugin.hosts.torchreid.config import default_config
+    from csalr_plugin.hosts.torchreid.train import prepare
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    config = default_config()
+    config.merge_from_list(["data.root", str(tiny_data), "data.save_dir", str(tmp_path), "csalr.compile", True])
+    with pytest.raises(UserError, match=r"csalr\.compile True is for one GPU, and there are 2"):
+        prepare(config)
+    config.use_gpu = False
+    prepare(config)
+
+
+def test_weights_that_cannot_be_downloaded_say_where_to_put_them_and_which_key_takes_a_path(
+    tiny_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], offline: None
+) -> None:
     line = refusal(capsys, *arguments(tiny_data, tmp_path / "log", "model.pretrained", "True"))
     assert "csalr.pretrained_weights" in line and str(tmp_path / "hub") in line
 

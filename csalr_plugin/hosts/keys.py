@@ -11,8 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from csalr_plugin.errors import UserError, suggest
-
-STAGE_CHANNELS = {1: 256, 2: 512, 3: 1024, 4: 2048}  # of ResNet-50
+from csalr_plugin.models import STAGE_CHANNELS
 
 
 @dataclass(frozen=True)
@@ -163,8 +162,21 @@ KEYS = (
     Key("attention_lr", 1.0, number(above=0), "learning rate of blocks and branches, times train.lr"),
     Key("gate_lr", 0.1, number(0), "learning rate of the gates alpha, times train.lr"),
     Key("clip_gradient", 1.0, number(0), "largest gradient norm of a block; 0: no clipping"),
-    Key("warmup", 100, integer(0), "iterations over which the learning rate of blocks, branches and gates rises"),
-    Key("amp", "none", one_of("none", "bf16"), "arithmetic of the network: fp32, or bf16 autocast"),
+    Key("warmup", 100, integer(0), "optimizer steps over which the learning rate of blocks, branches and gates rises"),
+    Key(
+        "accumulate",
+        1,
+        integer(1),
+        "batches to one optimizer step; batch norm and the triplet loss still see one batch at a time",
+    ),
+    Key(
+        "amp",
+        "none",
+        one_of("none", "bf16", "fp16"),
+        "arithmetic of the network: fp32, bf16 autocast, or fp16 autocast with a loss scale",
+    ),
+    Key("channels_last", False, BOOLEAN, "keep images and feature maps with the channels innermost in memory"),
+    Key("compile", False, BOOLEAN, "compile the network with torch.compile: minutes at first, then faster"),
     Key("overwrite", False, BOOLEAN, "let a run write into a folder that holds an earlier run's checkpoints"),
     Key("rpp.pcb_epochs", 40, integer(0), "epochs of plain PCB before refined part pooling"),
     Key(

@@ -1,12 +1,18 @@
-"""The eight architectures; they need torch and torchvision, and no host."""
+"""The eight architectures; they need torch and torchvision, and no host.
+
+Importing the package takes neither: what is known without them, names and channels, costs nothing to ask.
+"""
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 from csalr_plugin.errors import UserError, suggest
-from csalr_plugin.models.pcb import PCB, RefinedPCB
-from csalr_plugin.models.weights import load_backbone
+
+if TYPE_CHECKING:
+    from csalr_plugin.models.pcb import PCB, RefinedPCB
 
 MODEL_NAMES = (
     "pcb",
@@ -19,7 +25,15 @@ MODEL_NAMES = (
     "pcb_rpp_csalr",
 )
 
-__all__ = ["MODEL_NAMES", "PCB", "RefinedPCB", "build_model"]
+STAGE_CHANNELS = {1: 256, 2: 512, 3: 1024, 4: 2048}  # of ResNet-50
+
+__all__ = ["MODEL_NAMES", "PCB", "STAGE_CHANNELS", "RefinedPCB", "build_model"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("PCB", "RefinedPCB"):
+        return getattr(importlib.import_module("csalr_plugin.models.pcb"), name)
+    raise AttributeError(f"module 'csalr_plugin.models' has no attribute {name!r}")
 
 
 def build_model(
@@ -48,6 +62,9 @@ def build_model(
     Raises:
         UserError: for an unknown name, settings that no model can have, or weights that cannot be had.
     """
+    from csalr_plugin.models.pcb import PCB, RefinedPCB
+    from csalr_plugin.models.weights import load_backbone
+
     if name not in MODEL_NAMES:
         raise UserError(f"Unknown model {name!r}: allowed is {', '.join(MODEL_NAMES)}.{suggest(name, MODEL_NAMES)}")
     head, attention = name, "none"

@@ -12,8 +12,7 @@ from torch.nn import functional as F
 
 from csalr_plugin.attention import AttentionBlock, build_attention
 from csalr_plugin.errors import UserError
-
-STAGE_CHANNELS = {1: 256, 2: 512, 3: 1024, 4: 2048}
+from csalr_plugin.models import STAGE_CHANNELS
 
 
 def identity_classifier(channels: int, num_classes: int) -> nn.Linear:

@@ -82,10 +82,7 @@ def _entry(name: str) -> Callable[..., Any]:
         from csalr_plugin.hosts.torchreid.config import active_config
         from csalr_plugin.models import build_model
 
-        config = active_config()
-        settings = config.csalr
-        # A checkpoint that is loaded anyway needs no ImageNet weights before it.
-        pretrained = pretrained and not (config.model.get("load_weights") or config.model.get("resume"))
+        settings = active_config().csalr
         return build_model(
             name,
             num_classes,

@@ -56,13 +56,22 @@ class _PluginTraining(_HostEngine):
         self.seed: int = config.train.seed
         self.network = unwrapped(self.model)
         self.blocks: dict[str, Any] = dict(getattr(self.network, "attention", {}))
+        self.device = next(self.model.parameters()).device
+        if self.settings.channels_last:
+            self.network.to(memory_format=torch.channels_last)
+        if isinstance(self.model, nn.DataParallel) and len(self.model.device_ids) > 1:
+            keep_autocast_in_threads(self.network, self._autocast())
+        if self.settings.compile:
+            self.network.compile()  # in place: weights keep their names, hooks and other methods work as before
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.settings.amp == "fp16")
         self.warm_up = WarmUp(self.optimizer, self.settings.warmup)
         self.save_dir = Path(config.data.save_dir)
         self.results: dict[str, dict[str, float]] = {}
         self._rolling: Path | None = None
         self._stopped = False
         self._batches_done = 0  # of this epoch, before the stop that this run resumes from
-        self._completed = 0  # of this epoch, by now
+        self._completed = 0  # of this epoch, by now: those whose gradients have made a step
+        self._buffers_before: dict[str, Tensor] = {}  # a step that several batches make, while they do
 
     def forward_backward(self, data: dict[str, Any]) -> dict[str, float]:
         """One step of the host's loop: returns what is printed and goes to TensorBoard."""
@@ -72,7 +81,8 @@ class _PluginTraining(_HostEngine):
             self._draw_from(self.batch_idx, "model")
             summary = self.iteration(data, self.epoch * self.num_batches + self.batch_idx)
         self._draw_from(self.batch_idx + 1, "data")
-        self._completed = self.batch_idx + 1
+        if self.batch_idx == self._step_of(self.batch_idx)[1][-1]:
+            self._completed = self.batch_idx + 1
         if self._stopped:
             raise _StopBetweenBatches
         return summary
@@ -82,38 +92,88 @@ class _PluginTraining(_HostEngine):
 
         Args:
             data: the batch.
-            number: of the iteration, counted from 0 over the whole training; sets the warm-up.
+            number: of the iteration, counted from 0 over the whole training; sets the warm-up, and which batches'
+                gradients make one optimizer step (`csalr.accumulate`).
 
         Returns:
-            "loss", each term of Eq. 18, each block's "alpha", and "acc", the accuracy of the parts' vote in per cent.
+            "loss", each term of Eq. 18, each block's "alpha", and "acc", the accuracy of the parts' vote in per
+            cent; with fp16 "loss_scale" too.
 
         Raises:
-            UserError: a term or a gradient is not finite; the weights are those from before the batch.
+            UserError: a term or a gradient is not finite; the weights are those from before the batch. With fp16
+                gradients may overflow, as long as a smaller loss scale can help: the step is then left out.
         """
         images, identities = self.parse_data_for_train(data)
-        device = next(self.model.parameters()).device
-        images, identities = images.to(device), identities.to(device)
-        with self._autocast():
+        images, identities = self._on_device(images), identities.to(self.device, non_blocking=True)
+        step, batches = self._step_of(number)
+        batch = number % len(self.train_loader)
+        if batch == batches[0]:
+            self.optimizer.zero_grad()
+            if len(batches) > 1:
+                self._buffers_before = {name: value.clone() for name, value in self.network.named_buffers()}
+        with self._forward():
             outputs = self.model(images)
         logits, features = outputs if isinstance(outputs, tuple) else (outputs, None)
         logits = [one.float() for one in logits] if isinstance(logits, list) else logits.float()
-        terms, loss = self.loss_terms(logits, features, identities)
-        summary = {"loss": loss.item(), **{name: term.item() for name, term in terms.items()}}
-        self._require_finite(summary, images, number)
-        self.optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
-        gradient_norm = clip_gradients(self.network, self.settings.clip_gradient)
-        self._require_finite({"gradient norm": gradient_norm}, images, number)
-        self.warm_up.step(self.optimizer, number)
-        summary |= {f"alpha_{name}": block.alpha.item() for name, block in self.blocks.items()}
+        terms, loss = self.loss_terms(logits, None if features is None else features.float(), identities)
+        self.scaler.scale(loss / len(batches)).backward()  # type: ignore[no-untyped-call]
         if isinstance(self.network, PCB):
             logits = [sum(logits[: self.network.parts])]
-        summary["acc"] = torchreid.metrics.accuracy(logits, identities)[0].item()
-        return summary
+        watched = {"loss": loss, **terms, "acc": torchreid.metrics.accuracy(logits, identities)[0]}
+        complete = batch == batches[-1]
+        if complete:
+            self.scaler.unscale_(self.optimizer)
+            watched["gradient norm"] = clip_gradients(self.network, self.settings.clip_gradient)
+        values = _values(watched)
+        summary = {name: values[name] for name in ("loss", *terms)}
+        self._require_finite(summary, images, number)
+        if complete:
+            norm = values["gradient norm"]
+            # The scaler leaves out a step that overflowed, and halves the scale; from 1 on that is no help.
+            if math.isfinite(norm) or not self.scaler.is_enabled() or self.scaler.get_scale() <= 1:
+                self._require_finite({"gradient norm": norm}, images, number)
+            with self.warm_up.at(step):
+                self.scaler.step(self.optimizer)
+            self.scaler.update()
+            self._buffers_before = {}
+        summary |= _values({f"alpha_{name}": block.alpha for name, block in self.blocks.items()})
+        if self.scaler.is_enabled():
+            summary["loss_scale"] = self.scaler.get_scale()
+        return {**summary, "acc": values["acc"]}
+
+    def _step_of(self, number: int) -> tuple[int, range]:
+        """The optimizer step that iteration `number` adds to, and that step's batches within the epoch.
+
+        Steps are counted from 0 over the whole training. The last of an epoch may have fewer batches.
+        """
+        per_epoch, size = len(self.train_loader), self.settings.accumulate
+        epoch, batch = divmod(number, per_epoch)
+        first = batch - batch % size
+        return epoch * math.ceil(per_epoch / size) + batch // size, range(first, min(first + size, per_epoch))
+
+    def _on_device(self, images: Tensor) -> Tensor:
+        # The host's evaluation of videos has five dimensions, for which there is no such layout.
+        last = self.settings.channels_last and images.dim() == 4
+        layout = torch.channels_last if last else torch.preserve_format
+        return images.to(self.device, non_blocking=True, memory_format=layout)
 
     def _autocast(self) -> torch.autocast:
-        device = next(self.model.parameters()).device.type
-        return torch.autocast(device, dtype=torch.bfloat16, enabled=self.settings.amp == "bf16")
+        dtype = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}[self.settings.amp]
+        return torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None)
+
+    @contextlib.contextmanager
+    def _forward(self) -> Iterator[None]:
+        """Autocast for what the network computes, and one line where it cannot be compiled."""
+        try:
+            with self._autocast():
+                yield
+        except torch._dynamo.exc.TorchDynamoException as error:  # looked up, and imported, only then
+            cause = getattr(error, "inner_exception", error)
+            reason = (str(cause).strip().splitlines() or [type(cause).__name__])[0]
+            raise UserError(
+                f"csalr.compile True: the network cannot be compiled here ({reason}); torch.compile needs a C++ "
+                "compiler such as g++, and Triton on a GPU. Install them, or set csalr.compile False."
+            ) from error
 
     def loss_terms(
         self, logits: Sequence[Tensor] | Tensor, features: Tensor | None, identities: Tensor
@@ -148,7 +208,8 @@ class _PluginTraining(_HostEngine):
             raise UserError(
                 f"Training stopped at epoch {self.epoch + 1}, iteration {number + 1}: {', '.join(bad)}; "
                 f"{self._first_non_finite(images)}. The last checkpoint is {self._last_checkpoint()}; go on from "
-                "it with a lower train.lr, csalr.attention_lr or csalr.clip_gradient."
+                f"it with {'csalr.amp bf16, or ' if self.scaler.is_enabled() else ''}"
+                "a lower train.lr, csalr.attention_lr or csalr.clip_gradient."
             )
 
     @torch.no_grad()
@@ -170,7 +231,8 @@ class _PluginTraining(_HostEngine):
         layers |= {f"block {name} (attention)": branch for name, branch in branches.items()}
         handles = [watch(name, layer) for name, layer in layers.items()]
         try:
-            self.network(images)
+            with self._autocast():
+                self.network.forward(images)  # not compiled: what is compiled calls no hook that came later
         finally:
             for handle in handles:
                 handle.remove()
@@ -189,7 +251,10 @@ class _PluginTraining(_HostEngine):
 
         Random numbers are drawn from (seed, epoch, batch), so that a resumed run equals one without a stop.
         """
-        self._batches_done = self._completed = self.optimizer.param_groups[0].get("batches_done", 0)
+        resumed = self.optimizer.param_groups[0]
+        self._batches_done = self._completed = resumed.get("batches_done", 0)
+        if self.scaler.is_enabled() and resumed.get("scaler"):
+            self.scaler.load_state_dict(resumed["scaler"])
         self._draw_from(0, "epoch")
         with self._stop_between_batches():
             try:
@@ -258,6 +323,9 @@ class _PluginTraining(_HostEngine):
     def _save_interrupted(self) -> None:
         # Within the optimizer's state, which the host's own resuming carries over.
         done = max(self._batches_done, self._completed)
+        for name, value in self.network.named_buffers():
+            if name in self._buffers_before:  # the batches of a step that is not complete are trained again
+                value.copy_(self._buffers_before[name])
         self._mark_batches_done(done)
         path = self._save(f"model.pth.tar-{self.epoch}-batch{done}", self.epoch)
         print(f"Go on with: model.resume {path}")
@@ -265,6 +333,7 @@ class _PluginTraining(_HostEngine):
     def _mark_batches_done(self, number: int) -> None:
         for group in self.optimizer.param_groups:
             group["batches_done"] = number
+            group["scaler"] = self.scaler.state_dict()  # empty without fp16
 
     def _save(self, name: str, epoch: int, rank1: float | None = None) -> Path:
         folder = self.save_dir / "model"
@@ -344,14 +413,39 @@ class _PluginTraining(_HostEngine):
 
     def _embed(self, loader: Any, subset: str, normalise: bool) -> tuple[Tensor, np.ndarray, np.ndarray]:
         """Embeddings (N, width), identities (N,) and cameras (N,) of a loader's images."""
-        embeddings, identities, cameras = [], [], []
-        device = next(self.model.parameters()).device
+        embeddings = torch.empty(0)
+        identities: list[int] = []
+        cameras: list[int] = []
         for batch in tqdm(loader, desc=f"Embedding {subset}", unit="batch", mininterval=2.0):
             images, batch_identities, batch_cameras = self.parse_data_for_eval(batch)
-            with self._autocast():
-                embedding = self.extract_features(images.to(device))
-            embeddings.append(embedding.float().cpu())
+            with self._forward():
+                embedding = self.extract_features(self._on_device(images)).float()
+            if not identities:
+                # Filled in place: a list that is concatenated at the end takes the gallery's memory twice.
+                embeddings = torch.empty(len(loader.dataset), embedding.shape[1])
+            embeddings[len(identities) : len(identities) + len(embedding)] = embedding
             identities += batch_identities.tolist()
             cameras += batch_cameras.tolist()
-        stacked = torch.cat(embeddings)
-        return F.normalize(stacked) if normalise else stacked, np.asarray(identities), np.asarray(cameras)
+        if normalise:
+            F.normalize(embeddings, out=embeddings)
+        return embeddings, np.asarray(identities), np.asarray(cameras)
+
+
+def _values(scalars: dict[str, Tensor]) -> dict[str, float]:
+    """What they are, by one transfer: every `item()` would let a GPU run dry."""
+    if not scalars:
+        return {}
+    stacked = torch.stack([scalar.detach().reshape(()) for scalar in scalars.values()])
+    return dict(zip(scalars, stacked.tolist(), strict=True))
+
+
+def keep_autocast_in_threads(network: nn.Module, autocast: torch.autocast) -> None:
+    """Let `network` compute in the dtype of `autocast` in DataParallel's threads too.
+
+    They take over that autocast is on, but its dtype is a thread's own: bf16 would be fp16 there.
+    """
+
+    def adopt(*_: Any) -> None:
+        torch.set_autocast_dtype(autocast.device, autocast.fast_dtype)
+
+    network.register_forward_pre_hook(adopt)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -131,12 +130,13 @@ def _plugin_in_place(argv: Sequence[str]) -> Iterator[list[str]]:
             {name: engine.plugin_engine(getattr(torchreid.engine, name)) for name in _ENGINES},
         ),
         (torchreid.data, {name: partial(data_manager, name) for name in _DATA_MANAGERS}),
+        (torchreid.models, {"build_model": train.build_model}),
         (torchreid.optim, {"build_optimizer": optimizer.build_optimizer}),
         (
             torchreid.utils,
             {
                 "set_random_seed": set_random_seed,
-                "check_isfile": check_isfile,
+                "check_isfile": train.check_isfile,
                 "load_pretrained_weights": train.load_pretrained_weights,
                 "resume_from_checkpoint": train.resume_from_checkpoint,
             },
@@ -164,14 +164,3 @@ def _replaced(module: ModuleType, functions: Mapping[str, Any]) -> Iterator[None
         yield
     finally:
         vars(module).update(kept)
-
-
-def check_isfile(fpath: str) -> bool:
-    """Return True; the host warns about a missing checkpoint and trains on without it.
-
-    Raises:
-        UserError: there is no such file.
-    """
-    if not os.path.isfile(fpath):
-        raise UserError(f"checkpoint '{fpath}' does not exist; see model.load_weights and model.resume.")
-    return True

@@ -11,8 +11,8 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TextIO
-from urllib.error import URLError
 
+import gdown
 import torch
 import torchreid
 from torch import nn
@@ -28,12 +28,15 @@ from csalr_plugin.hosts.torchreid.config import (
     OPTIMIZER,
     VIDEO_DATA,
     Config,
+    active_config,
     set_active_config,
 )
 from csalr_plugin.hosts.torchreid.engine import plugin_engine
 from csalr_plugin.hosts.torchreid.optimizer import build_optimizer, unwrapped
 from csalr_plugin.models.cost import count_gmacs, count_parameters
 from csalr_plugin.models.weights import load_weights, read_checkpoint, state_dict_of
+
+_build_host_model = torchreid.models.build_model
 
 
 def train(config: Config) -> dict[str, dict[str, float]]:
@@ -102,7 +105,7 @@ def _data_message(config: Config, error: Exception) -> str:
     names = ", ".join(dict.fromkeys([*config.data.sources, *config.data.targets]))
     root = Path(config.data.root)
     empty = [folder for folder, *content in os.walk(root) if not any(content) and folder != str(root)]
-    if isinstance(error, (URLError, OSError)) and not empty:
+    if isinstance(error, OSError) and not empty:
         what = f"is not there and cannot be downloaded ({str(error).splitlines()[0]})"
     elif empty:
         what = f"has an empty folder, {empty[0]!r}"
@@ -149,24 +152,32 @@ def build_network(config: Config, num_classes: int) -> nn.Module:
     """
     name = config.model.name
     print(f"Building model: {name}")
-    try:
-        model = torchreid.models.build_model(
-            name=name,
-            num_classes=num_classes,
-            loss=config.loss.name,
-            # Weights that are loaded anyway need no download before.
-            pretrained=config.model.pretrained and not (config.model.load_weights or config.model.resume),
-            use_gpu=config.use_gpu,
-        )
-    except URLError as error:
-        raise UserError(
-            f"ImageNet weights of {name!r} cannot be downloaded ({error.reason}): start from random weights with "
-            "model.pretrained False, or from a checkpoint with model.load_weights."
-        ) from error
+    model = build_model(name, num_classes, config.loss.name, config.model.pretrained, config.use_gpu)
     gmacs = count_gmacs(model, config.data.height, config.data.width)
     print(f"{count_parameters(model) / 1e6:.2f} million parameters, {gmacs:.2f} GMACs an image at test time")
     if config.model.load_weights:
         load_pretrained_weights(model, config.model.load_weights)
+    return model
+
+
+def build_model(
+    name: str, num_classes: int, loss: str = "softmax", pretrained: bool = True, use_gpu: bool = True
+) -> nn.Module:
+    """The host's function of that name; where the active config loads a checkpoint anyway, nothing is downloaded.
+
+    Raises:
+        UserError: for ImageNet weights that cannot be downloaded.
+    """
+    settings = active_config().model
+    pretrained = pretrained and not (settings.get("load_weights") or settings.get("resume"))
+    try:
+        model: nn.Module = _build_host_model(name, num_classes, loss, pretrained, use_gpu)
+    except (OSError, gdown.exceptions.FileURLRetrievalError) as error:  # OSError: urllib's and requests' errors are
+        reason = (str(getattr(error, "reason", error)).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(
+            f"ImageNet weights of {name!r} cannot be downloaded ({reason}): start from random weights with "
+            "model.pretrained False, or from a checkpoint with model.load_weights."
+        ) from error
     return model
 
 
@@ -226,6 +237,17 @@ def resume_from_checkpoint(fpath: str, model: nn.Module, optimizer: Any = None, 
     return epoch
 
 
+def check_isfile(fpath: str) -> bool:
+    """The host's function of that name: True. The host only warns, and trains on without the checkpoint.
+
+    Raises:
+        UserError: there is no such file.
+    """
+    if not Path(fpath).expanduser().is_file():
+        raise UserError(f"model.load_weights or model.resume {fpath!r} is not a file: give the path of a checkpoint.")
+    return True
+
+
 def prepare(config: Config) -> None:
     """Check, before anything is read or written, that a run can go through; `use_gpu` becomes what is possible.
 
@@ -240,9 +262,13 @@ def prepare(config: Config) -> None:
         raise UserError(
             f"data.root {config.data.root!r} is not a folder: give the folder that holds the datasets with --root."
         )
-    for key in ("load_weights", "resume"):
-        if config.model[key] and not Path(config.model[key]).expanduser().is_file():
-            raise UserError(f"model.{key} {config.model[key]!r} is not a file: give the path of a checkpoint.")
+    for checkpoint in filter(None, (config.model.load_weights, config.model.resume)):
+        check_isfile(checkpoint)
+    if config.csalr.compile and config.use_gpu and torch.cuda.device_count() > 1:
+        raise UserError(
+            f"csalr.compile True is for one GPU, and there are {torch.cuda.device_count()}: let torch see one, "
+            "for example with CUDA_VISIBLE_DEVICES=0, or set csalr.compile False."
+        )
     if config.test.visrank and not config.test.evaluate:
         raise UserError("test.visrank True is only for evaluation: add test.evaluate True.")
     try:
