@@ -53,7 +53,8 @@ def plan(batch: int, channels: int, n: int, m: int, groups: int, device: torch.d
         keeps_projections=channels >= 512,
         keeps_gathered=at_landmarks and n > 512,
         keeps_E=not at_landmarks or channels > 512,
-        images=max(1, 2**20 // (channels * n)) if device.type == "cpu" else batch,  # 4 MiB of x in fp32
+        # 8 MiB of x in fp32, and a power of two, which threads share out evenly.
+        images=2 ** max(0, (2**21 // (channels * n)).bit_length() - 1) if device.type == "cpu" else batch,
     )
 
 
@@ -113,11 +114,18 @@ class LowRankAttention(torch.autograd.Function):
             inverse = inverse_of_dominant(raise_diagonal(marks.S_mm, floor))  # B, groups, m, m
             Z = inverse @ normal_v.apply(E)  # B, groups, m, c
             source = spread_source(Z, W_f, b_f, dtype, way)  # B, groups, m, C or c
+            at_once = alpha is not None and not pooled and way.at_landmarks and x.dtype == dtype  # with the gate
+            if at_once and alpha is not None:
+                source = source * alpha.to(dtype)
             out = torch.empty_like(x, dtype=torch.promote_types(x.dtype, dtype))
             mean = X.new_empty((B, C), dtype=E.dtype) if pooled else None
             for part in parts(B, way):
                 A = S_nm_of(QK[part], marks, part)
                 add_membership(A, grid)
+                if at_once:
+                    rows, target = source[part].flatten(1, 2), out[part].flatten(2)
+                    torch.baddbmm(X[part].to(dtype), rows.mT, A.flatten(1, 2), out=target)
+                    continue
                 O = spread(A, source[part], W_f, b_f, way)[0]  # b, C, n
                 if mean is not None:
                     mean[part] = torch.linalg.vecdot(X[part].to(dtype), O) / n
@@ -160,6 +168,7 @@ class LowRankAttention(torch.autograd.Function):
 
             # Eq. 17 from the left: gate, mean and residual, fuse, A_nm.
             d_x = torch.empty_like(X, dtype=dtype)
+            d_O = torch.empty_like(X[: way.images], dtype=dtype)
             d_QK = torch.empty_like(QK)
             d_source = torch.empty_like(source, dtype=Z.dtype)
             d_to_Q, d_bias = torch.empty_like(marks.to_Q), torch.empty_like(marks.bias)
@@ -169,20 +178,25 @@ class LowRankAttention(torch.autograd.Function):
                 A = S_nm_of(QK[part], marks, part)
                 S_own = add_membership(A, grid)
                 O, U = spread(A, source[part], W_f, b_f, way)
-                d_O = G if alpha is None else G * alpha.to(dtype)
-                d_x[part] = 0 if alpha is None else G
-                if d_alpha is not None:
+                d_O = d_O[: len(G)]
+                if alpha is None or d_alpha is None:
+                    d_O.copy_(G)
+                    d_x[part] = 0
+                else:
                     d_alpha += torch.dot(G.flatten(), O.flatten())
+                    torch.mul(G, alpha.to(dtype), out=d_O)
                 if grad_mean is not None:
                     share = (grad_mean[part] / n).to(dtype)[:, :, None]  # b, C, 1
-                    d_O = torch.addcmul(d_O, X[part].to(dtype), share)
-                    d_x[part].addcmul_(O, share)
+                    d_O.addcmul_(X[part].to(dtype), share)
+                    torch.addcmul(G, O, share, out=d_x[part])
+                elif alpha is not None:
+                    d_x[part] = G
                 if U is not None and W_f is not None and d_W_f is not None and d_b_f is not None:
                     accumulate(d_W_f, d_O, U)
                     d_b_f += d_O.sum((0, 2))
-                    d_O = split(times(W_f.to(dtype).mT, d_O), groups)  # b, groups, c, n
-                    d_A = source[part] @ d_O  # b, groups, m, n
-                    d_source[part] = A @ d_O.mT  # b, groups, m, c
+                    d_U = split(times(W_f.to(dtype).mT, d_O), groups)  # b, groups, c, n
+                    d_A = source[part] @ d_U  # b, groups, m, n
+                    d_source[part] = A @ d_U.mT  # b, groups, m, c
                 else:
                     d_A = (source[part].flatten(1, 2) @ d_O).view_as(A)  # b, groups, m, n
                     d_source[part] = split(A.flatten(1, 2) @ d_O.mT, groups)  # b, groups, m, C
