@@ -17,6 +17,8 @@ _EPILOG = """commands:
   run      the same through a script of torchreid's own, unmodified
   models   the models with their cost, and the default settings
   demo     make a small data set, train pcb_csalr on it, show what training brought
+  reproduce       the paper's tables and figures, our numbers beside the paper's
+  attention-maps  the full attention maps beside those of CSALR's factors (Figure 4)
 
 'csalr COMMAND --help' says more.
 
@@ -39,6 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _main(argv: Sequence[str]) -> int:
     commands = {"train": _train, "run": _run, "models": _models, "demo": _demo}
+    commands |= {"reproduce": _reproduce, "attention-maps": _attention_maps}
     parser = Parser(
         prog="csalr",
         usage="csalr COMMAND ...",
@@ -159,3 +162,15 @@ def _demo(argv: Sequence[str]) -> None:
     from csalr_plugin.demo import run_demo
 
     run_demo(given.out, given.seed)
+
+
+def _reproduce(argv: Sequence[str]) -> None:
+    from csalr_plugin.projects.paper.study import main
+
+    main(argv)
+
+
+def _attention_maps(argv: Sequence[str]) -> None:
+    from csalr_plugin.projects.paper.attention_maps import main
+
+    main(argv)

@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from csalr_plugin.errors import UserError
 from csalr_plugin.hosts.torchreid.config import active_config
+from csalr_plugin.hosts.torchreid.monitor import Monitor
 from csalr_plugin.hosts.torchreid.optimizer import WarmUp, clip_gradients, unwrapped
 from csalr_plugin.models import PCB, RefinedPCB
 
@@ -58,6 +59,7 @@ class _PluginTraining(_HostEngine):
         self.warm_up = WarmUp(self.optimizer, self.settings.warmup)
         self.save_dir = Path(config.data.save_dir)
         self.results: dict[str, dict[str, float]] = {}
+        self.monitor = Monitor(self)
         self._rolling: Path | None = None
         self._stopped = False
         self._batches_done = 0  # of this epoch, before the stop that this run resumes from
@@ -105,6 +107,7 @@ class _PluginTraining(_HostEngine):
         self._require_finite({"gradient norm": gradient_norm}, images, number)
         self.warm_up.step(self.optimizer, number)
         summary |= {f"alpha_{name}": block.alpha.item() for name, block in self.blocks.items()}
+        self.monitor.count(summary, logits, identities)
         if isinstance(self.network, PCB):
             logits = [sum(logits[: self.network.parts])]
         summary["acc"] = torchreid.metrics.accuracy(logits, identities)[0].item()
@@ -181,6 +184,8 @@ class _PluginTraining(_HostEngine):
     def run(self, save_dir: str = "log", **options: Any) -> None:
         """The host's `run`; Ctrl-C leaves a checkpoint that resumes, in the middle of an epoch too."""
         self.save_dir = Path(save_dir)
+        # A training that is done, and is only evaluated again, is at its last epoch.
+        self.epoch = max(0, options.get("start_epoch", 0) - 1)
         super().run(save_dir=save_dir, **options)
 
     def train(self, *args: Any, **options: Any) -> None:
@@ -190,6 +195,7 @@ class _PluginTraining(_HostEngine):
         """
         self._batches_done = self._completed = self.optimizer.param_groups[0].get("batches_done", 0)
         self._draw_from(0, "epoch")
+        self.monitor.start_epoch()
         with self._stop_between_batches():
             try:
                 super().train(*args, **options)
@@ -200,6 +206,7 @@ class _PluginTraining(_HostEngine):
                 self._save_interrupted()
                 raise KeyboardInterrupt from error
         self._mark_batches_done(0)
+        self.monitor.end_epoch()
         self._save_rolling()
         if self._stopped:
             raise KeyboardInterrupt
@@ -329,6 +336,7 @@ class _PluginTraining(_HostEngine):
         path = Path(save_dir or self.save_dir) / f"results_{dataset_name}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps({"epoch": self.epoch + 1, "rerank": rerank, **results}, indent=2) + "\n")
+        self.monitor.evaluated(dataset_name, results, query, query_ids, query_cameras)
         if visrank:
             torchreid.utils.visualize_ranked_results(
                 distances,
