@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import csv
 import math
-import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,10 +34,10 @@ from csalr_plugin.attention.maps import (
 from csalr_plugin.errors import UserError
 from csalr_plugin.hosts.torchreid.arguments import Parser, config_from_arguments, parse_arguments
 from csalr_plugin.hosts.torchreid.compat import read_image
-from csalr_plugin.hosts.torchreid.config import Config, default_config
+from csalr_plugin.hosts.torchreid.config import Config
 from csalr_plugin.models import build_model
 from csalr_plugin.models.weights import load_weights
-from csalr_plugin.projects.paper.study import HERE, newest_checkpoint, read_dataset, write_json
+from csalr_plugin.projects.paper.study import HERE, newest_checkpoint, read_dataset, split_overrides, write_json
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -88,7 +87,6 @@ def main(argv: Sequence[str]) -> None:
         queries = read_dataset(given.dataset, given.root.expanduser()).query
         step = max(1, len(queries) // given.queries)
         paths = [Path(item[0]) for item in queries[::step][: given.queries]]
-    given.out.mkdir(parents=True, exist_ok=True)
     if given.report:
         rows = reconstruction(network, paths)
         print(write_reconstruction(given.out, network, given.checkpoint, len(paths), rows))
@@ -122,28 +120,15 @@ def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, Config]:
     parser.add_argument(
         "--report", action="store_true", help="draw nothing: measure the errors by landmarks and groups"
     )
-    given, overrides = parser.parse_known_args(_keys_last(argv))
+    words, overrides = split_overrides(argv)
+    given, rest = parser.parse_known_args(words)
     if bool(given.image) == bool(given.root):
         raise UserError("give either images with --image, or a dataset's folder with --root.")
     if given.queries < 1:
         raise UserError(f"--queries is {given.queries}; it must be at least 1.")
     given.points = [_point(text) for text in given.points or ()]
-    preset = ["--config-file", str(HERE / "presets" / "full.yaml")]
-    return given, config_from_arguments(parse_arguments([*preset, *overrides], "csalr attention-maps"))
-
-
-def _keys_last(argv: Sequence[str]) -> list[str]:
-    """The words with KEY VALUE pairs at the end: a flag that takes several words would swallow them."""
-    first: list[str] = []
-    last: list[str] = []
-    words = list(argv)
-    while words:
-        word = words.pop(0)
-        is_key = re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+", word) and word.lower() in default_config().leaves()
-        (last if is_key else first).append(word)
-        if is_key and words:
-            last.append(words.pop(0))
-    return first + last
+    preset = ["--config-file", str(HERE / "presets" / "full.yaml"), "model.name", "pcb_csalr"]
+    return given, config_from_arguments(parse_arguments([*preset, *rest, *overrides], "csalr attention-maps"))
 
 
 def _point(text: str) -> tuple[float, float]:
@@ -240,6 +225,7 @@ def draw(
                 _draw_grid(axis, landmark_grid(block, x), width, height)
         for axis in line:
             axis.set(xticks=[], yticks=[], xlim=(-0.5, width - 0.5), ylim=(height - 0.5, -0.5))
+    out.mkdir(parents=True, exist_ok=True)
     target = out / f"{path.stem}.png"
     figure.savefig(target, dpi=110)
     plt.close(figure)
@@ -296,11 +282,13 @@ def reconstruction(network: Network, paths: Sequence[Path]) -> list[dict[str, An
             patches = LandmarkGrid(x.shape[-2], x.shape[-1], PATCHES, x.device).membership(torch.float64)
             for name, points, groups, maps in _settings(block, x):
                 difference = torch.linalg.vector_norm(maps.compressed - maps.full) ** 2
-                most = [(one @ patches).argmax(dim=-1) for one in (maps.full, maps.compressed)]
+                shares = [one @ patches for one in (maps.full, maps.compressed)]  # 1, groups, n, patches
+                there = shares[0].gather(-1, shares[1].argmax(dim=-1, keepdim=True))
+                agrees = there >= shares[0].amax(dim=-1, keepdim=True) * (1 - 1e-9)  # patches of equal shares agree
                 values = (
                     difference,
                     torch.linalg.vector_norm(maps.full) ** 2,
-                    (most[0] == most[1]).double().mean(),
+                    agrees.double().mean(),
                     1.0,
                 )
                 total = sums.setdefault((name, stage, points, groups), [0.0] * 4)
@@ -339,6 +327,7 @@ def write_reconstruction(
     out: Path, network: Network, checkpoint: Path | None, images: int, rows: Sequence[dict[str, Any]]
 ) -> str:
     """Write ``reconstruction-MODEL.json`` and ``.csv``; return the table as text."""
+    out.mkdir(parents=True, exist_ok=True)
     path = out / f"reconstruction-{network.name}.json"
     about = {"model": network.name, "checkpoint": str(checkpoint) if checkpoint else None, "images": images}
     write_json(path, {**about, "rows": rows})
@@ -376,7 +365,6 @@ def figure4(config: Config, folder: Path, out: Path, dataset: str, queries: int 
     done = out / f"reconstruction-{config.model.name}.json"
     if checkpoint is None or (done.exists() and done.stat().st_mtime >= checkpoint.stat().st_mtime):
         return
-    out.mkdir(parents=True, exist_ok=True)
     network = load_network(config, checkpoint)
     found = read_dataset(dataset, Path(config.data.root)).query
     paths = [Path(item[0]) for item in found[:: max(1, len(found) // measured)][:measured]]

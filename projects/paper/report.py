@@ -301,7 +301,7 @@ def _figure4(out: Path) -> Section:
         about = read_json(path)
         pictures = ", ".join(f"`{one.relative_to(out).as_posix()}`" for one in sorted(path.parent.glob("*.png")))
         section.text(
-            f"`{about['model']}` on `{path.parent.parent.name}`: {pictures}. They show people and stay out of this page."
+            f"`{about['model']}` on `{path.parent.parent.name}`: {pictures}. They show people: not copied here."
         )
         section.text(
             f"How far the factors' map is from the full map, over {about['images']} queries: relative Frobenius error, "

@@ -7,6 +7,7 @@ import contextlib
 import functools
 import hashlib
 import io
+import itertools
 import json
 import os
 import platform
@@ -28,7 +29,7 @@ from tqdm import tqdm
 
 from csalr_plugin.errors import UserError, suggest
 from csalr_plugin.hosts.torchreid.arguments import Parser, config_from_arguments, parse_arguments
-from csalr_plugin.hosts.torchreid.config import Config
+from csalr_plugin.hosts.torchreid.config import Config, default_config
 from csalr_plugin.version import __version__
 
 HERE = Path(__file__).parent
@@ -152,11 +153,8 @@ def _parse(argv: Sequence[str]) -> Options:
         "--report", action="store_true", help="train nothing: write the report of what is in DIR by now"
     )
     parser.add_argument("--dry-run", action="store_true", help="print the training commands alone")
-    given, rest = parser.parse_known_args(argv)
-    # Words after --only may be keys with their values: a key has a dot, a row has none.
-    first_key = next((index for index, word in enumerate(given.only) if "." in word), len(given.only))
-    overrides = [*given.only[first_key:], *rest]
-    given.only = given.only[:first_key]
+    words, overrides = split_overrides(argv)
+    given, rest = parser.parse_known_args(words)
     for value, allowed, what in (
         (given.target, TARGETS, "target"),
         (given.preset, PRESETS, "--preset"),
@@ -166,7 +164,7 @@ def _parse(argv: Sequence[str]) -> Options:
             raise UserError(f"{what} '{value}' must be one of {', '.join(allowed)}.{suggest(value, allowed)}")
     if given.seeds < 1:
         raise UserError(f"--seeds is {given.seeds}; it must be at least 1.")
-    pairs = parse_arguments(overrides, "csalr reproduce")
+    pairs = parse_arguments([*rest, *overrides], "csalr reproduce")
     if any(vars(pairs)[name] for name in ("config_file", "sources", "targets", "transforms")):
         raise UserError("csalr reproduce takes a --preset and a --dataset in place of --config-file, -s and -t.")
     varied = {key for keys in paper()["runs"].values() for key in keys}
@@ -178,6 +176,20 @@ def _parse(argv: Sequence[str]) -> Options:
             )
     names = vars(given) | {"only": tuple(given.only), "overrides": tuple(pairs.overrides)}
     return Options(**names)
+
+
+def split_overrides(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Words without, and with only, the pairs KEY VALUE; a flag that takes several words would swallow them."""
+    known = default_config().leaves()
+    flags: list[str] = []
+    overrides: list[str] = []
+    words = iter(argv)
+    for word in words:
+        if word.lower() in known:
+            overrides += [word, *itertools.islice(words, 1)]
+        else:
+            flags.append(word)
+    return flags, overrides
 
 
 def tables_of(target: str) -> tuple[str, ...]:
