@@ -13,10 +13,10 @@ from csalr_plugin.version import __version__
 
 _DESCRIPTION = "SA, CSA and CSALR attention for person re-identification, inside torchreid."
 _EPILOG = """commands:
-  train    train, evaluate or resume a model through torchreid
-  run      the same through a script of torchreid's own, unmodified
-  models   the models with their cost, and the default settings
-  demo     make a small data set, train pcb_csalr on it, show what training brought
+  train           train, evaluate or resume a model through torchreid
+  run             the same through a script of torchreid's own, unmodified
+  models          the models with their cost, and the default settings
+  demo            make a small data set, train pcb_csalr on it, show what training brought
   reproduce       the paper's tables and figures, our numbers beside the paper's
   attention-maps  the full attention maps beside those of CSALR's factors (Figure 4)
 
@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _main(argv: Sequence[str]) -> int:
     commands = {"train": _train, "run": _run, "models": _models, "demo": _demo}
-    commands |= {"reproduce": _reproduce, "attention-maps": _attention_maps}
+    commands |= {"reproduce": _reproduce, "attention-maps": _attention_maps}  # of projects/paper
     parser = Parser(
         prog="csalr",
         usage="csalr COMMAND ...",

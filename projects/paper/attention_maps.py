@@ -37,7 +37,8 @@ from csalr_plugin.hosts.torchreid.compat import read_image
 from csalr_plugin.hosts.torchreid.config import Config
 from csalr_plugin.models import build_model
 from csalr_plugin.models.weights import load_weights
-from csalr_plugin.projects.paper.study import HERE, newest_checkpoint, read_dataset, split_overrides, write_json
+
+from .study import HERE, newest_checkpoint, read_dataset, split_overrides, write_json
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt

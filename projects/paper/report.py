@@ -19,8 +19,9 @@ import matplotlib
 from tabulate import tabulate
 
 from csalr_plugin.hosts.torchreid.monitor import METRICS, read_metrics
-from csalr_plugin.projects.paper.attention_maps import reconstruction_table
-from csalr_plugin.projects.paper.study import RESULT, RUN, STUDY, epochs_done, paper, read_json, write_json
+
+from .attention_maps import reconstruction_table
+from .study import COST, RESULT, RUN, STUDY, epochs_done, paper, read_json, write_json
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -259,35 +260,49 @@ def _gain(
 
 
 def _costs(out: Path) -> tuple[Section, list[dict[str, Any]]]:
-    """Table 5, from the ``cost.json`` that the cost study left in the study's folder."""
+    """Table 5, from what ``csalr bench cost`` left in the study's folder."""
     table = paper()["costs"]
     section, records, rows = Section(table["title"]), [], []
-    path = out / "cost.json"
+    path = out / COST
     measured = read_json(path) if path.exists() else {}
-    keys = {"MB an image": "megabytes_per_image", "images a second": "images_per_second"}
+    figures = {"MB an image": ("kept_bytes", 1e6), "images a second": ("eval_fps", 1.0)}
+    ours = {
+        row["bench"]: [measured["summary"][row["bench"]][figure]["value"] / unit for figure, unit in figures.values()]
+        for row in table["rows"]
+        if row["bench"] in measured.get("summary", {})
+    }
+    first = table["rows"][0]
     for row in table["rows"]:
-        mine: dict[str, Any] = next(
-            (
-                one
-                for one in measured.get("rows", [])
-                if (one.get("model"), one.get("groups")) == (row["model"], row["groups"])
-            ),
-            {},
-        )
-        cells = []
-        for metric, value in zip(table["columns"], row["paper"], strict=True):
-            ours = mine.get(keys[metric])
-            record = _record("table5", row["name"], "", metric, value, ours, "measured" if mine else "not run", [])
-            record["papers_settings"] = None if ours is None else False
+        cells: list[str] = []
+        for index, (metric, value) in enumerate(zip(table["columns"], row["paper"], strict=True)):
+            mine = ours[row["bench"]][index] if row["bench"] in ours else None
+            state = "not run" if mine is None else "measured"
+            record = _record("table5", row["name"], "", metric, value, mine, state, [])
+            record["papers_settings"] = None if mine is None else False
             records.append(record)
-            cells += [_cell(record), f"{value:.2f}", _difference(record, "+.2f")]
+            cells += [_cell(record), f"{value:.2f}"]
+            if row is first:
+                cells += ["", ""]
+            else:
+                base = ours[first["bench"]][index] if first["bench"] in ours else None
+                cells.append("-" if mine is None or base is None else f"{mine / base - 1:+.1%}{MARK}")
+                cells.append(f"{value / first['paper'][index] - 1:+.1%}")
         rows.append((row["name"], *cells))
-    section.table(("", *(word for one in table["columns"] for word in (one, "paper", "difference"))), rows)
+    section.table(("", *(word for one in table["columns"] for word in (one, "paper", "over PCB", "paper"))), rows)
     if measured:
+        settings = ", ".join(
+            f"{name} {_plain(value)}" for name, value in measured["settings"].items() if name != "rows"
+        )
         section.text(
-            f"Marked `{MARK}`: another machine than the paper's, whose device and batch size it does not name."
+            f"Marked `{MARK}`: measured with {settings}, on {_plain(measured['machine'])}; the paper names neither its "
+            "device nor its batch size. Memory is what the forward pass keeps for the backward pass, speed that of "
+            "embedding."
         )
     return section, records
+
+
+def _plain(value: Any) -> str:
+    return ", ".join(f"{name} {one}" for name, one in value.items()) if isinstance(value, dict) else str(value)
 
 
 def _figure4(out: Path) -> Section:

@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import functools
 import hashlib
+import importlib.util
 import io
 import itertools
 import json
@@ -35,7 +36,7 @@ from csalr_plugin.version import __version__
 HERE = Path(__file__).parent
 TARGETS = ("table1", "table2", "table3", "table4", "table5", "figure4", "all")
 PRESETS = ("full", "small", "smoke")
-STUDY, RUN, RESULT = "study.json", "run.json", "result.json"
+STUDY, RUN, RESULT, COST = "study.json", "run.json", "result.json", "cost/cost.json"
 # Of smoke's drawings: the fewest people and images that train two batches and rank ten.
 SMOKE_DATA = {"train_identities": 4, "test_identities": 4, "train_images": 4, "gallery_images": 3, "distractors": 4}
 # Keys that change neither what is trained nor what it scores.
@@ -116,6 +117,8 @@ def main(argv: Sequence[str]) -> None:
     if options.dry_run:
         for run in plan(options):
             print(run.command)
+        if options.target in ("table5", "all"):
+            print(shlex.join(["csalr", *_bench(options)]))
         return
     study(options)
 
@@ -372,20 +375,45 @@ def study(options: Options) -> None:
         failures: list[str] = []
         try:
             failures = _train_all(options, runs)
+            if options.target in ("table5", "all"):
+                failures += _measure(options)
             if options.target in ("figure4", "all") and not failures:
                 _draw_figure4(options, runs)
         finally:
             report(options.out)
     if failures:
-        raise UserError(
-            f"{len(failures)} of {len(runs)} trainings stopped ({'; '.join(failures)}); the report says what is done. "
-            "The same command goes on where they stopped."
-        )
+        raise UserError(f"{'; '.join(failures)}. The report says what is done; the same command goes on from there.")
+
+
+def _bench(options: Options) -> list[str]:
+    """The command that measures Table 5, at the preset's image size."""
+    data = _config(("--config-file", str(HERE / "presets" / f"{options.preset}.yaml"), *options.overrides)).data
+    rows = [row["bench"] for row in paper()["costs"]["rows"][1:]]
+    words = ["bench", "cost", "--out", str((options.out / COST).parent), "--only", *rows]
+    words += ["--height", str(data.height), "--width", str(data.width)]
+    return [*words, *(["--quick", "--repeats", "1"] if options.preset == "smoke" else [])]
+
+
+def _measure(options: Options) -> list[str]:
+    """Measure Table 5 unless that is done; return why it is not done then."""
+    if importlib.util.find_spec("csalr_plugin.projects.benchmark.cost") is None:
+        print("Table 5 is not run: csalr bench cost is not there.")
+        return []
+    if (options.out / COST).exists() and read_json(options.out / COST).get("summary"):
+        return []
+    import torch
+
+    words = [*_bench(options), *(["--device", "cuda"] if torch.cuda.is_available() else [])]
+    log = options.out / "cost.log"
+    with log.open("a", encoding="utf-8") as file:
+        print(f"table5: csalr {shlex.join(words)}")
+        done = subprocess.run([sys.executable, "-m", "csalr_plugin", *words], stdout=file, stderr=subprocess.STDOUT)
+    return [f"table5: {_last_line(log, done.returncode)}"] if done.returncode else []
 
 
 def _draw_figure4(options: Options, runs: Sequence[Run]) -> None:
     """Figure 4 from the trained CSALR, and the same errors for CSA where that is trained too."""
-    from csalr_plugin.projects.paper.attention_maps import figure4
+    from .attention_maps import figure4
 
     names = ("pcb_csalr", "pcb_csa") if options.target == "all" else ("pcb_csalr",)
     for run in runs:
@@ -399,7 +427,7 @@ def report(out: Path) -> None:
     Raises:
         UserError: `out` holds no study, or one of another version.
     """
-    from csalr_plugin.projects.paper.report import write_report
+    from .report import write_report
 
     _check_version(out)
     path = write_report(out)
@@ -479,6 +507,8 @@ def _check_weights(options: Options, runs: Sequence[Run]) -> None:
 def _train_all(options: Options, runs: Sequence[Run]) -> list[str]:
     """Train what is not done; return a line for each training that stopped."""
     left = [run for run in runs if not (run.folder / RESULT).exists()]
+    if not runs:
+        return []
     print(f"{len(runs)} trainings, {len(runs) - len(left)} of them done before; in {options.out / 'runs'}")
     failures = []
     done = sum(run.epochs for run in runs) - sum(run.epochs - epochs_done(run.folder) for run in left)
@@ -517,9 +547,13 @@ def train(run: Run, progress: Any) -> str:
                     progress.update(now - seen)
                     seen = now
         except KeyboardInterrupt:
-            # The terminal's Ctrl-C reached it too: it saves a checkpoint after its batch.
-            child.terminate()
-            child.wait()
+            # The terminal's Ctrl-C reached the training too; a second signal would cost it its checkpoint.
+            tqdm.write("Stopping after this batch; once more stops at once.", file=sys.stderr)
+            try:
+                child.wait()
+            except KeyboardInterrupt:
+                child.terminate()
+                child.wait()
             raise
     if child.returncode:
         return _last_line(run.folder / "console.log", child.returncode)
