@@ -53,7 +53,7 @@ table4 csalr.stages 1x2x3        93.9 82.4    86.1 74.0
 # Table 5: megabytes an image, images a second.
 TABLE5 = ((137.64, 581.81), (300.68, 266.67), (165.00, 507.93), (192.25, 460.43), (221.97, 418.30), (254.75, 380.95))
 DATASETS = ("market1501", "dukemtmcreid", "cuhk03")
-TINY = ("data.height", "32", "data.width", "16", "train.max_epoch", "2")
+TINY = ("data.height", "32", "data.width", "16", "train.max_epoch", "2", "train.batch_size", "16")
 
 
 def numbers(words: list[str]) -> list[float | None]:
@@ -395,7 +395,7 @@ def test_compressed_maps_are_what_the_blocks_compute() -> None:
         torch.testing.assert_close(maps.full.sum(-1), torch.ones_like(maps.full.sum(-1)))
 
 
-def test_a_control_of_pooled_keys_spreads_a_landmarks_share_over_its_patch() -> None:
+def test_a_control_of_pooled_keys_spreads_a_landmark_s_share_over_its_patch() -> None:
     from csalr_plugin.attention import LandmarkGrid
     from csalr_plugin.attention.maps import pooled_key_map
 

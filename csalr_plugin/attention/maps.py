@@ -100,12 +100,11 @@ def csalr_map(Q: Tensor, K: Tensor, grid: LandmarkGrid, rows: Tensor | None = No
 
 
 def pooled_key_map(Q: Tensor, K: Tensor, grid: LandmarkGrid, rows: Tensor | None = None) -> Tensor:
-    """A control for CSALR: softmax(Q K'^T), each landmark's share spread evenly over its patch.
+    """A control for CSALR: the full map of keys that are replaced by their landmark's, softmax(Q (K' P^T)^T).
 
     (B, groups, c, n) twice -> (B, groups, rows, n).
     """
-    P = grid.membership(Q.dtype)  # n, m
-    return (_rows(Q, rows).mT @ grid.pool(K)).softmax(-1) @ (P / P.sum(dim=0)).mT
+    return full_map(Q, grid.pool(K) @ grid.membership(K.dtype).mT, rows)
 
 
 def block_inputs(model: nn.Module, images: Tensor) -> dict[str, Tensor]:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from torch.utils.tensorboard.writer import SummaryWriter
 
 from csalr_plugin.attention.maps import block_inputs, maps_of
@@ -124,7 +125,8 @@ class Monitor:
                 pictures = [one.mean(dim=1).reshape(len(x), 1, height, width) for one in (maps.full, maps.compressed)]
                 peak = pictures[0].amax(dim=(1, 2, 3), keepdim=True)
                 side_by_side = torch.cat([(one / peak).clamp(0, 1) for one in pictures], dim=3)  # B, 1, H, 2 W
-                engine.writer.add_images(f"Maps/{stage}_full_and_csalr", side_by_side.float(), engine.epoch + 1)
+                shown = F.interpolate(side_by_side.float(), scale_factor=images.shape[-2] / height)
+                engine.writer.add_images(f"Maps/{stage}_full_and_csalr", shown, engine.epoch + 1)
         finally:
             engine.network.train(training)
 
