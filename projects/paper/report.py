@@ -21,7 +21,7 @@ from tabulate import tabulate
 from csalr_plugin.hosts.torchreid.monitor import METRICS, read_metrics
 
 from .attention_maps import reconstruction_table
-from .study import COST, RESULT, RUN, STUDY, epochs_done, paper, read_json, write_json
+from .study import CONSOLE, COST, RESULT, RUN, STUDY, epochs_done, paper, read_json, write_json
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -37,7 +37,7 @@ img{max-width:100%}pre{background:#f5f5f5;padding:.8em;overflow-x:auto;font-size
 
 @dataclass(frozen=True)
 class Trained:
-    """A training's folder: what it is, how far it is, what came out.
+    """A training that is planned, begun or done: what it is, how far it is, what came out.
 
     Attributes:
         results: mAP and ranks in per cent; None as long as it is not done.
@@ -48,6 +48,7 @@ class Trained:
     seed: int
     epochs: int
     done: int
+    begun: bool
     about: dict[str, Any]
     result: dict[str, Any] | None
     curves: list[dict[str, Any]]
@@ -55,8 +56,10 @@ class Trained:
 
     @property
     def state(self) -> str:
-        """ "done", or how far it is."""
-        return "done" if self.result else f"epoch {self.done} of {self.epochs}"
+        """ "done", how far it is, or "not run"."""
+        if self.result:
+            return "done"
+        return f"epoch {self.done} of {self.epochs}" if self.begun else "not run"
 
     def value(self, metric: str) -> float | None:
         """A metric in per cent."""
@@ -117,14 +120,15 @@ def write_report(out: Path) -> Path:
 
 
 def collect(out: Path) -> list[Trained]:
-    """Every training that a study began, by name and seed."""
+    """Every training that a study plans, by name and seed."""
     found = []
     for marker in sorted((out / "runs").glob(f"*/seed*/{RUN}")):
         folder, about = marker.parent, read_json(marker)
         result = read_json(folder / RESULT) if (folder / RESULT).exists() else None
         curves, evaluations = read_metrics(folder / METRICS)
-        given = (about["name"], about["dataset"], about["seed"], about["epochs"], epochs_done(folder))
-        found.append(Trained(*given, about, result, curves, evaluations))
+        given = (about["name"], about["dataset"], about["seed"], about["epochs"])
+        done, begun = epochs_done(folder), (folder / CONSOLE).exists()
+        found.append(Trained(*given, done, begun, about, result, curves, evaluations))
     order = list(paper()["runs"])
     return sorted(found, key=lambda run: (run.dataset, order.index(run.name), run.seed))
 
@@ -133,7 +137,7 @@ def _summary(out: Path, trained: Sequence[Trained], datasets: Sequence[str]) -> 
     section = Section("The paper's tables, and ours")
     preset = read_json(out / STUDY)["preset"]
     finished = [run for run in trained if run.result]
-    state = f"{len(finished)} of {len(trained)} trainings that were begun are done."
+    state = f"{len(finished)} of {len(trained)} trainings are done."
     if len(finished) < len(trained):
         state += " **This report is of a study that is not finished.**"
     section.text(f"Preset `{preset}`. {state}")

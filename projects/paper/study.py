@@ -37,6 +37,7 @@ HERE = Path(__file__).parent
 TARGETS = ("table1", "table2", "table3", "table4", "table5", "figure4", "all")
 PRESETS = ("full", "small", "smoke")
 STUDY, RUN, RESULT, COST = "study.json", "run.json", "result.json", "cost/cost.json"
+CONSOLE = "console.log"
 # Of smoke's drawings: the fewest people and images that train two batches and rank ten.
 SMOKE_DATA = {"train_identities": 4, "test_identities": 4, "train_images": 4, "gallery_images": 3, "distractors": 4}
 # Keys that change neither what is trained nor what it scores.
@@ -372,6 +373,8 @@ def study(options: Options) -> None:
                     f"train.batch_size {max(1, size // 2)}."
                 )
         _check_weights(options, runs)
+        for run in runs:
+            _mark_planned(run)
         failures: list[str] = []
         try:
             failures = _train_all(options, runs)
@@ -476,6 +479,19 @@ def _check_version(out: Path) -> dict[str, Any]:
     return marker
 
 
+def _begun(run: Run) -> bool:
+    return (run.folder / RESULT).exists() or newest_checkpoint(run.folder) is not None
+
+
+def _mark_planned(run: Run) -> None:
+    """Say in the run's folder what it is, so that a report knows what a study has still to train."""
+    if not _begun(run) or not (run.folder / RUN).exists():
+        run.folder.mkdir(parents=True, exist_ok=True)
+        marker = {"version": __version__, "settings": run.settings, "command": run.command, "epochs": run.epochs}
+        marker |= {"name": run.name, "dataset": run.dataset, "seed": run.seed, "deviations": run.deviations}
+        write_json(run.folder / RUN, marker)
+
+
 def _check_folder(run: Run) -> None:
     """Leave a folder alone that holds another training than `run`."""
     marker = run.folder / RUN
@@ -485,6 +501,8 @@ def _check_folder(run: Run) -> None:
                 f"'{run.folder}' holds checkpoints that are no study's; move them away, or give another --out."
             )
         return
+    if not _begun(run):
+        return  # planned, and nothing trained yet
     theirs = read_json(marker).get("settings", {})
     differing = [key for key in {**theirs, **run.settings} if theirs.get(key) != run.settings.get(key)]
     if differing:
@@ -527,16 +545,11 @@ def train(run: Run, progress: Any) -> str:
 
     A process of its own gives all its memory back, and one that is killed leaves the study whole.
     """
-    run.folder.mkdir(parents=True, exist_ok=True)
-    if not (run.folder / RUN).exists():
-        marker = {"version": __version__, "settings": run.settings, "command": run.command, "epochs": run.epochs}
-        marker |= {"name": run.name, "dataset": run.dataset, "seed": run.seed, "deviations": run.deviations}
-        write_json(run.folder / RUN, marker)
     words = [sys.executable, "-m", "csalr_plugin", "train", *run.arguments]
     if checkpoint := newest_checkpoint(run.folder):
         words += ["model.resume", str(checkpoint)]
     seen = epochs_done(run.folder)
-    with (run.folder / "console.log").open("a", encoding="utf-8") as log:
+    with (run.folder / CONSOLE).open("a", encoding="utf-8") as log:
         child = subprocess.Popen(words, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)
         try:
             while child.poll() is None:
@@ -556,7 +569,7 @@ def train(run: Run, progress: Any) -> str:
                 child.wait()
             raise
     if child.returncode:
-        return _last_line(run.folder / "console.log", child.returncode)
+        return _last_line(run.folder / CONSOLE, child.returncode)
     return _conclude(run)
 
 
@@ -570,7 +583,7 @@ def _conclude(run: Run) -> str:
     """Write the marker of a training that is done, and remove the checkpoints before its last."""
     found = read_json(run.folder / f"results_{run.dataset}.json")
     if found.get("epoch") != run.epochs:
-        return f"its results are of epoch {found.get('epoch')}, not of {run.epochs}; see {run.folder / 'console.log'}"
+        return f"its results are of epoch {found.get('epoch')}, not of {run.epochs}; see {run.folder / CONSOLE}"
     from csalr_plugin.hosts.torchreid.monitor import METRICS, read_metrics
 
     epochs, _ = read_metrics(run.folder / METRICS)
