@@ -191,6 +191,12 @@ def test_a_study_killed_in_the_middle_of_a_row_ends_with_the_table_of_an_undistu
     assert main(words(undisturbed)) == 0
     assert cells(killed) == cells(undisturbed)
     assert "Resumed from" in (folder / "console.log").read_text()
+    # Killed between its last epoch and its results, it is evaluated from its last checkpoint.
+    (folder / "result.json").unlink()
+    (folder / "results_market1501.json").unlink()
+    assert main(words(killed)) == 0
+    assert cells(killed) == cells(undisturbed)
+    assert [path.name for path in (folder / "model").iterdir()] == ["model.pth.tar-2"]
     # What is done is not trained again.
     before = {path: path.stat().st_mtime_ns for path in (killed / "runs").rglob("*")}
     assert main(words(killed)) == 0

@@ -352,7 +352,7 @@ def _branches(line: dict[str, Any]) -> list[float]:
 
 
 def _draw_curves(title: str, runs: Sequence[Trained]) -> Figure:
-    figure, axes = plt.subplots(1, 3, figsize=(14, 4.2), layout="constrained")
+    figure, axes = plt.subplots(1, 3, figsize=(14, 4.2), sharex=True, layout="constrained")
     names = list(dict.fromkeys(run.name for run in runs))
     for run in runs:
         number = names.index(run.name)

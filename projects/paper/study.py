@@ -38,6 +38,7 @@ TARGETS = ("table1", "table2", "table3", "table4", "table5", "figure4", "all")
 PRESETS = ("full", "small", "smoke")
 STUDY, RUN, RESULT, COST = "study.json", "run.json", "result.json", "cost/cost.json"
 CONSOLE = "console.log"
+INTERRUPTED = 130  # how `csalr train` ends after Ctrl-C
 # Of smoke's drawings: the fewest people and images that train two batches and rank ten.
 SMOKE_DATA = {"train_identities": 4, "test_identities": 4, "train_images": 4, "gallery_images": 3, "distractors": 4}
 # Keys that change neither what is trained nor what it scores.
@@ -568,6 +569,8 @@ def train(run: Run, progress: Any) -> str:
                 child.terminate()
                 child.wait()
             raise
+    if child.returncode == INTERRUPTED:
+        raise KeyboardInterrupt
     if child.returncode:
         return _last_line(run.folder / CONSOLE, child.returncode)
     return _conclude(run)
