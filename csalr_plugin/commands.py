@@ -14,11 +14,13 @@ from csalr_plugin.version import __version__
 
 _DESCRIPTION = "SA, CSA and CSALR attention for person re-identification, inside torchreid."
 _EPILOG = """commands:
-  train    train, evaluate or resume a model through torchreid
-  run      the same through a script of torchreid's own, unmodified
-  models   the models with their cost, and the default settings
-  demo     make a small data set, train pcb_csalr on it, show what training brought
-  bench    measure what every model costs, side by side
+  train           train, evaluate or resume a model through torchreid
+  run             the same through a script of torchreid's own, unmodified
+  models          the models with their cost, and the default settings
+  demo            make a small data set, train pcb_csalr on it, show what training brought
+  bench           measure what every model costs, side by side
+  reproduce       the paper's tables and figures, our numbers beside the paper's
+  attention-maps  the full attention maps beside those of CSALR's factors (Figure 4)
 
 'csalr COMMAND --help' says more.
 
@@ -41,6 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _main(argv: Sequence[str]) -> int:
     commands = {"train": _train, "run": _run, "models": _models, "demo": _demo, "bench": _bench}
+    commands |= {"reproduce": _reproduce, "attention-maps": _attention_maps}  # of projects/paper
     parser = Parser(
         prog="csalr",
         usage="csalr COMMAND ...",
@@ -197,3 +200,15 @@ def _bench(argv: Sequence[str]) -> None:
     )
     module.add_arguments(parser)
     module.run(parser.parse_args(words))
+
+
+def _reproduce(argv: Sequence[str]) -> None:
+    from csalr_plugin.projects.paper.study import main
+
+    main(argv)
+
+
+def _attention_maps(argv: Sequence[str]) -> None:
+    from csalr_plugin.projects.paper.attention_maps import main
+
+    main(argv)

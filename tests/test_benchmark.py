@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 import reference
 import torch
-from csalr_plugin.projects.benchmark import blocks, cost, harness, scale
 from torch import nn
 
 from csalr_plugin.attention import build_attention
 from csalr_plugin.commands import main
 from csalr_plugin.models import build_model
 from csalr_plugin.models.cost import count_gmacs, count_kept_bytes, kept_bytes
+from csalr_plugin.projects.benchmark import blocks, cost, harness, scale
 
 COST = ["bench", "cost", "--quick", "--height", "64", "--width", "32", "--batch-size", "2", "--threads", "1"]
 SCALE = ["bench", "scale", "--quick", "--channels", "32", "--positions", "192", "768", "--threads", "1"]

@@ -99,7 +99,7 @@ class AttentionBlock(nn.Module, ABC):
 
     def _training_norm(self, name: str) -> nn.BatchNorm1d | None:
         """The batch norm of projection `name` where it goes by the statistics of the batch."""
-        norm = self.norm[name] if name in self.norm else None
+        norm = dict(self.norm.items()).get(name)
         return norm if isinstance(norm, nn.BatchNorm1d) and norm.training else None
 
     def _affine(self, name: str) -> tuple[Tensor, Tensor]:

@@ -36,7 +36,7 @@ class Plan(NamedTuple):
     at_landmarks: bool  # `value` and `fuse` act on landmarks, not on positions
     keeps_projections: bool  # Q and K are kept for the backward pass
     keeps_gathered: bool  # so is S_mn X^T
-    keeps_E: bool
+    keeps_values: bool
     images: int  # computed at a time
 
 
@@ -52,7 +52,7 @@ def plan(batch: int, channels: int, n: int, m: int, groups: int, device: torch.d
         at_landmarks=at_landmarks,
         keeps_projections=channels >= 512,
         keeps_gathered=at_landmarks and n > 512,
-        keeps_E=not at_landmarks or channels > 512,
+        keeps_values=not at_landmarks or channels > 512,
         # 8 MiB of x in fp32, and a power of two, which threads share out evenly.
         images=2 ** max(0, (2**21 // (channels * n)).bit_length() - 1) if device.type == "cpu" else batch,
     )
@@ -100,6 +100,7 @@ class LowRankAttention(torch.autograd.Function):
         pooled: bool,
         dtype: torch.dtype,
     ) -> tuple[Tensor | None, ...]:
+        """See the class."""
         with no_autocast(x):
             X = x.flatten(2)  # B, C, n
             B, C, n = X.shape
@@ -120,25 +121,25 @@ class LowRankAttention(torch.autograd.Function):
             out = torch.empty_like(x, dtype=torch.promote_types(x.dtype, dtype))
             mean = X.new_empty((B, C), dtype=E.dtype) if pooled else None
             for part in parts(B, way):
-                A = S_nm_of(QK[part], marks, part)
+                A = positions_to_landmarks(QK[part], marks, part)
                 add_membership(A, grid)
                 if at_once:
                     rows, target = source[part].flatten(1, 2), out[part].flatten(2)
                     torch.baddbmm(X[part].to(dtype), rows.mT, A.flatten(1, 2), out=target)
                     continue
-                O = spread(A, source[part], W_f, b_f, way)[0]  # b, C, n
+                attended = spread(A, source[part], W_f, b_f, way)[0]  # b, C, n
                 if mean is not None:
-                    mean[part] = torch.linalg.vecdot(X[part].to(dtype), O) / n
+                    mean[part] = torch.linalg.vecdot(X[part].to(dtype), attended) / n
                 if alpha is None:
-                    out[part].flatten(2).copy_(O)
+                    out[part].flatten(2).copy_(attended)
                 else:
-                    torch.addcmul(X[part], O, alpha, out=out[part].flatten(2))
+                    torch.addcmul(X[part], attended, alpha, out=out[part].flatten(2))
         statistics = normal.mean, normal.variance, normal_v.mean, normal_v.variance
         ctx.save_for_backward(
             *(x, W_q, W_k, gain, shift, W_v, gain_v, shift_v, W_f, b_f, alpha, *statistics, inverse),
             QK if way.keeps_projections else None,
             gathered if way.keeps_gathered else None,
-            E if way.keeps_E else None,
+            E if way.keeps_values else None,
         )
         ctx.settings = grid, way, groups, floor, eps, dtype
         ctx.mark_non_differentiable(*(one for one in statistics if one is not None))
@@ -147,12 +148,13 @@ class LowRankAttention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor, grad_mean: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+        """From the gradients of the two outputs to those of x and of each parameter."""
         x, W_q, W_k, gain, shift, W_v, gain_v, shift_v, W_f, b_f, alpha, *others = ctx.saved_tensors
         mean_qk, var_qk, mean_e, var_e, inverse, QK, gathered, E = others
         grid, way, groups, floor, eps, dtype = ctx.settings
         with no_autocast(x):
             X = x.flatten(2)  # B, C, n
-            B, C, n = X.shape
+            B, _, n = X.shape
             if QK is None:
                 QK = project(X, W_q, W_k, dtype, way)
             normal = Normalisation(gain, shift, mean_qk, var_qk, eps, B * n)
@@ -171,24 +173,24 @@ class LowRankAttention(torch.autograd.Function):
             d_O = torch.empty_like(X[: way.images], dtype=dtype)
             d_QK = torch.empty_like(QK)
             d_source = torch.empty_like(source, dtype=Z.dtype)
-            d_to_Q, d_bias = torch.empty_like(marks.to_Q), torch.empty_like(marks.bias)
+            d_for_queries, d_bias = torch.empty_like(marks.for_queries), torch.empty_like(marks.bias)
             d_alpha, d_W_f, d_b_f = (None if one is None else torch.zeros_like(one) for one in (alpha, W_f, b_f))
             for part in parts(B, way):
                 G = grad_out[part].flatten(2).to(dtype)  # b, C, n
-                A = S_nm_of(QK[part], marks, part)
+                A = positions_to_landmarks(QK[part], marks, part)
                 S_own = add_membership(A, grid)
-                O, U = spread(A, source[part], W_f, b_f, way)
+                attended, U = spread(A, source[part], W_f, b_f, way)
                 d_O = d_O[: len(G)]
                 if alpha is None or d_alpha is None:
                     d_O.copy_(G)
                     d_x[part] = 0
                 else:
-                    d_alpha += torch.dot(G.flatten(), O.flatten())
+                    d_alpha += torch.dot(G.flatten(), attended.flatten())
                     torch.mul(G, alpha.to(dtype), out=d_O)
                 if grad_mean is not None:
                     share = (grad_mean[part] / n).to(dtype)[:, :, None]  # b, C, 1
                     d_O.addcmul_(X[part].to(dtype), share)
-                    torch.addcmul(G, O, share, out=d_x[part])
+                    torch.addcmul(G, attended, share, out=d_x[part])
                 elif alpha is not None:
                     d_x[part] = G
                 if U is not None and W_f is not None and d_W_f is not None and d_b_f is not None:
@@ -204,8 +206,8 @@ class LowRankAttention(torch.autograd.Function):
                 d_logits = softmax_backward(d_A, A, 2)  # b, groups, m, n
                 Q, _K = halves(QK[part], groups)
                 d_Q, _d_K = halves(d_QK[part], groups)
-                d_Q.copy_(marks.to_Q[part].to(dtype) @ d_logits)
-                d_to_Q[part] = Q @ d_logits.mT
+                d_Q.copy_(marks.for_queries[part].to(dtype) @ d_logits)
+                d_for_queries[part] = Q @ d_logits.mT
                 d_bias[part] = d_logits.sum(3)[:, :, None]
 
             # What has m rows: fuse, the inverse of Eq. 16, the normalisation of E, value.
@@ -223,9 +225,9 @@ class LowRankAttention(torch.autograd.Function):
 
             # S_mn of Eq. 13.
             d_gathered = d_gathered.to(dtype)
-            d_to_K = torch.empty_like(marks.to_K)
+            d_for_keys = torch.empty_like(marks.for_keys)
             for part in parts(B, way):
-                S_mn = S_mn_of(QK[part], marks, part)
+                S_mn = landmarks_to_positions(QK[part], marks, part)
                 if way.at_landmarks:
                     rows = d_gathered[part].flatten(1, 2)  # b, groups m, C
                     d_S_mn = (rows @ X[part].to(dtype)).view_as(S_mn)
@@ -239,11 +241,11 @@ class LowRankAttention(torch.autograd.Function):
                 d_logits = softmax_backward(d_S_mn, S_mn, 3)  # b, groups, m, n
                 _Q, K = halves(QK[part], groups)
                 _d_Q, d_K = halves(d_QK[part], groups)
-                d_K.copy_(marks.to_K[part].to(dtype) @ d_logits)
-                d_to_K[part] = K @ d_logits.mT
+                d_K.copy_(marks.for_keys[part].to(dtype) @ d_logits)
+                d_for_keys[part] = K @ d_logits.mT
 
             # Q and K.
-            d_pooled, d_scale, d_offset = marks.backward(normal, d_to_K, d_to_Q, d_bias, d_S_mm)
+            d_pooled, d_scale, d_offset = marks.backward(normal, d_for_keys, d_for_queries, d_bias, d_S_mm)
             d_gain, d_shift, slope, constant = normal.backward_parameters(d_scale, d_offset)
             W_qk = torch.cat([W_q, W_k])
             d_W_qk = torch.zeros_like(W_qk)
@@ -282,9 +284,7 @@ class Normalisation:
             self.offset = shift - self.scale * mean
 
     @classmethod
-    def over(
-        cls, chunks: Sequence[Tensor], gain: Tensor, shift: Tensor, eps: float | None
-    ) -> Normalisation:
+    def over(cls, chunks: Sequence[Tensor], gain: Tensor, shift: Tensor, eps: float | None) -> Normalisation:
         """By the statistics of `chunks`, each (b, channels, positions); without any where `eps` is None."""
         positions = chunks[0].shape[2]
         count = sum(map(len, chunks)) * positions
@@ -336,8 +336,8 @@ class Landmarks(NamedTuple):
     pooled: Tensor  # of raw Q and K, (B, 2C', m)
     Q: Tensor  # Q', normalised, (B, groups, C'/groups, m)
     K: Tensor  # K', normalised but for the shift, which no softmax sees
-    to_K: Tensor  # times raw K: the logits of S_mn; (B, groups, C'/groups, m)
-    to_Q: Tensor  # times raw Q, plus `bias`: the logits of S_nm
+    for_keys: Tensor  # times raw K: the logits of S_mn; (B, groups, C'/groups, m)
+    for_queries: Tensor  # times raw Q, plus `bias`: the logits of S_nm
     bias: Tensor  # (B, groups, 1, m)
     S_mm: Tensor  # (B, groups, m, m)
     guard: Tensor  # scalar, see `logit_guard`
@@ -359,7 +359,7 @@ class Landmarks(NamedTuple):
         )
 
     def backward(
-        self, normal: Normalisation, d_to_K: Tensor, d_to_Q: Tensor, d_bias: Tensor, d_S_mm: Tensor
+        self, normal: Normalisation, d_for_keys: Tensor, d_for_queries: Tensor, d_bias: Tensor, d_S_mm: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients of `pooled`, (B, 2C', m), and of the scale and the offset of Q and K, (2C',)."""
         groups = self.Q.shape[1]
@@ -367,14 +367,14 @@ class Landmarks(NamedTuple):
         q_offset, _ = halves(normal.offset[None, :, None], groups)
         q_pooled, k_pooled = halves(self.pooled, groups)
         d_logits = softmax_backward(d_S_mm, self.S_mm, 3)
-        d_Q = self.K @ d_logits.mT + d_to_K * k_scale * self.guard
-        d_K = self.Q @ d_logits + d_to_Q * q_scale + d_bias * q_offset
+        d_Q = self.K @ d_logits.mT + d_for_keys * k_scale * self.guard
+        d_K = self.Q @ d_logits + d_for_queries * q_scale + d_bias * q_offset
         d_K = d_K * self.guard
         over = (0, 3)
         d_scale = torch.stack(
             [
-                (d_to_Q * self.K + d_Q * q_pooled).sum(over),
-                (d_to_K * self.Q * self.guard + d_K * k_pooled).sum(over),
+                (d_for_queries * self.K + d_Q * q_pooled).sum(over),
+                (d_for_keys * self.Q * self.guard + d_K * k_pooled).sum(over),
             ]
         ).flatten()
         d_offset = ((d_bias * self.K) + d_Q).sum(over).flatten()
@@ -409,18 +409,18 @@ def project(X: Tensor, W_q: Tensor, W_k: Tensor, dtype: torch.dtype, way: Plan) 
     return QK
 
 
-def S_nm_of(QK: Tensor, marks: Landmarks, part: slice) -> Tensor:
+def positions_to_landmarks(QK: Tensor, marks: Landmarks, part: slice) -> Tensor:
     """Eq. 15 without P, transposed: (b, groups, m, n), whose columns sum to 1."""
     Q, _ = halves(QK, marks.Q.shape[1])
-    bias, to_Q = (one[part].to(QK.dtype).flatten(0, 1) for one in (marks.bias, marks.to_Q))
-    logits = torch.baddbmm(bias.mT, to_Q.mT, Q.flatten(0, 1))  # b groups, m, n
+    bias, for_queries = (one[part].to(QK.dtype).flatten(0, 1) for one in (marks.bias, marks.for_queries))
+    logits = torch.baddbmm(bias.mT, for_queries.mT, Q.flatten(0, 1))  # b groups, m, n
     return logits.softmax(1).view(*Q.shape[:2], -1, Q.shape[3])
 
 
-def S_mn_of(QK: Tensor, marks: Landmarks, part: slice) -> Tensor:
+def landmarks_to_positions(QK: Tensor, marks: Landmarks, part: slice) -> Tensor:
     """Eq. 13: (b, groups, m, n), whose rows sum to 1."""
     _, K = halves(QK, marks.Q.shape[1])
-    return (marks.to_K[part].to(QK.dtype).mT @ K).softmax(3)
+    return (marks.for_keys[part].to(QK.dtype).mT @ K).softmax(3)
 
 
 def add_membership(S_nm: Tensor, grid: LandmarkGrid) -> Tensor:
@@ -440,7 +440,7 @@ def gather(X: Tensor, QK: Tensor, marks: Landmarks, W_v: Tensor, way: Plan) -> T
     """S_mn X^T, (B, groups, m, C), or, where `value` acts on positions, E of it, (B, groups, m, c)."""
     groups, dtype, collected = marks.Q.shape[1], QK.dtype, []
     for part in parts(len(X), way):
-        S_mn = S_mn_of(QK[part], marks, part)
+        S_mn = landmarks_to_positions(QK[part], marks, part)
         if way.at_landmarks:
             rows = S_mn.flatten(1, 2) @ X[part].to(dtype).mT  # b, groups m, C
             collected.append(rows.unflatten(1, (groups, -1)))

@@ -185,6 +185,8 @@ KEYS = (
         integer(0),
         "first RPP epochs, for the part classifier alone",
     ),
+    Key("tensorboard.maps_every", 0, integer(0), "epochs between pictures of the blocks' attention maps; 0: none"),
+    Key("tensorboard.projector", False, BOOLEAN, "show the queries' embeddings in TensorBoard's projector"),
 )
 
 

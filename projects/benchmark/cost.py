@@ -18,9 +18,9 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from csalr_plugin.errors import UserError, suggest
-from csalr_plugin.models import build_model
+from csalr_plugin.models import STAGE_CHANNELS, build_model
 from csalr_plugin.models.cost import count_gmacs, count_kept_bytes, count_parameters
-from csalr_plugin.models.pcb import PCB, STAGE_CHANNELS
+from csalr_plugin.models.pcb import PCB
 
 from .blocks import (
     Alternative,

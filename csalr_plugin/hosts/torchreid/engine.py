@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from csalr_plugin.errors import UserError
 from csalr_plugin.hosts.torchreid.config import active_config
+from csalr_plugin.hosts.torchreid.monitor import Monitor
 from csalr_plugin.hosts.torchreid.optimizer import WarmUp, clip_gradients, unwrapped
 from csalr_plugin.hosts.torchreid.ranking import evaluate_rank
 from csalr_plugin.models import PCB, RefinedPCB
@@ -67,6 +68,7 @@ class _PluginTraining(_HostEngine):
         self.warm_up = WarmUp(self.optimizer, self.settings.warmup)
         self.save_dir = Path(config.data.save_dir)
         self.results: dict[str, dict[str, float]] = {}
+        self.monitor = Monitor(self)
         self._rolling: Path | None = None
         self._stopped = False
         self._batches_done = 0  # of this epoch, before the stop that this run resumes from
@@ -117,9 +119,8 @@ class _PluginTraining(_HostEngine):
         logits = [one.float() for one in logits] if isinstance(logits, list) else logits.float()
         terms, loss = self.loss_terms(logits, None if features is None else features.float(), identities)
         self.scaler.scale(loss / len(batches)).backward()  # type: ignore[no-untyped-call]
-        if isinstance(self.network, PCB):
-            logits = [sum(logits[: self.network.parts])]
-        watched = {"loss": loss, **terms, "acc": torchreid.metrics.accuracy(logits, identities)[0]}
+        votes = [sum(logits[: self.network.parts])] if isinstance(self.network, PCB) else logits
+        watched = {"loss": loss, **terms, "acc": torchreid.metrics.accuracy(votes, identities)[0]}
         complete = batch == batches[-1]
         if complete:
             self.scaler.unscale_(self.optimizer)
@@ -139,6 +140,7 @@ class _PluginTraining(_HostEngine):
         summary |= _values({f"alpha_{name}": block.alpha for name, block in self.blocks.items()})
         if self.scaler.is_enabled():
             summary["loss_scale"] = self.scaler.get_scale()
+        self.monitor.count(summary, logits, identities)
         return {**summary, "acc": values["acc"]}
 
     def _step_of(self, number: int) -> tuple[int, range]:
@@ -244,6 +246,8 @@ class _PluginTraining(_HostEngine):
     def run(self, save_dir: str = "log", **options: Any) -> None:
         """The host's `run`; Ctrl-C leaves a checkpoint that resumes, in the middle of an epoch too."""
         self.save_dir = Path(save_dir)
+        # A training that is done, and is only evaluated again, is at its last epoch.
+        self.epoch = max(0, options.get("start_epoch", 0) - 1)
         super().run(save_dir=save_dir, **options)
 
     def train(self, *args: Any, **options: Any) -> None:
@@ -256,6 +260,7 @@ class _PluginTraining(_HostEngine):
         if self.scaler.is_enabled() and resumed.get("scaler"):
             self.scaler.load_state_dict(resumed["scaler"])
         self._draw_from(0, "epoch")
+        self.monitor.start_epoch()
         with self._stop_between_batches():
             try:
                 super().train(*args, **options)
@@ -266,6 +271,7 @@ class _PluginTraining(_HostEngine):
                 self._save_interrupted()
                 raise KeyboardInterrupt from error
         self._mark_batches_done(0)
+        self.monitor.end_epoch()
         self._save_rolling()
         if self._stopped:
             raise KeyboardInterrupt
@@ -399,6 +405,7 @@ class _PluginTraining(_HostEngine):
         path = Path(save_dir or self.save_dir) / f"results_{dataset_name}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps({"epoch": self.epoch + 1, "rerank": rerank, **results}, indent=2) + "\n")
+        self.monitor.evaluated(dataset_name, results, query, query_ids, query_cameras)
         if visrank:
             torchreid.utils.visualize_ranked_results(
                 distances,

@@ -15,6 +15,7 @@ from typing import Any, TextIO
 import gdown
 import torch
 import torchreid
+from filelock import FileLock, Timeout
 from torch import nn
 from tqdm import tqdm
 
@@ -55,7 +56,8 @@ def train(config: Config) -> dict[str, dict[str, float]]:
     previous = set_active_config(config)
     try:
         prepare(config)
-        with _logged(Path(config.data.save_dir), "test" if config.test.evaluate else "train"):
+        folder = Path(config.data.save_dir)
+        with _alone(config, folder), _logged(folder, "test" if config.test.evaluate else "train"):
             return _train(config)
     finally:
         set_active_config(previous)
@@ -293,6 +295,26 @@ def _refuse_to_overwrite(config: Config, folder: Path) -> None:
                 f"data.save_dir {config.data.save_dir!r} holds an earlier run's checkpoint, {path.name}: give another "
                 "folder, go on from it with model.resume, or replace it with csalr.overwrite True."
             )
+
+
+@contextlib.contextmanager
+def _alone(config: Config, folder: Path) -> Iterator[None]:
+    """Keep a second training out of `folder`; the system lets go of the lock however the process ends."""
+    if config.test.evaluate:
+        yield
+        return
+    lock = FileLock(folder / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise UserError(
+            f"data.save_dir {config.data.save_dir!r} is being written by another training: wait for it, stop it, or "
+            "give another folder."
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 @contextlib.contextmanager

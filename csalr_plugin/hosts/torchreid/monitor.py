@@ -1,0 +1,159 @@
+"""What a training leaves to look at: ``metrics.jsonl``, and what TensorBoard shows beside the host's own curves."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.tensorboard.writer import SummaryWriter
+
+from csalr_plugin.attention.maps import block_inputs, maps_of
+from csalr_plugin.models import PCB
+
+METRICS = "metrics.jsonl"
+_MOST_EMBEDDINGS = 1000  # in the projector, which is a page in a browser
+_MAP_IMAGES = 2
+
+
+class Monitor:
+    """Collects an engine's metrics, one line an epoch and one an evaluation.
+
+    The lines of ``metrics.jsonl`` are JSON; a resumed training appends to them, and the last line of an epoch counts
+    (see :func:`read_metrics`). TensorBoard gets each head's accuracy and each group's learning rate with every epoch.
+
+    Args:
+        engine: of ``plugin_engine``; read, never changed, but for its `writer` where it has none yet.
+    """
+
+    def __init__(self, engine: Any) -> None:
+        self.engine = engine
+        self._sums: dict[str, Any] = defaultdict(float)
+        self._last: dict[str, float] = {}
+        self._batches = 0
+        self._rates: dict[str, float] = {}
+        self._started = time.monotonic()
+
+    def start_epoch(self) -> None:
+        """Forget the last epoch; note the learning rates, which the host changes at an epoch's end."""
+        self._sums.clear()
+        self._last, self._batches, self._started = {}, 0, time.monotonic()
+        self._rates = learning_rates(self.engine.optimizer)
+
+    def count(self, summary: dict[str, float], logits: Sequence[Tensor] | Tensor, identities: Tensor) -> None:
+        """Take in one batch: the terms of its loss, the gates, and each head's logits, (B, num_classes)."""
+        self._batches += 1
+        for name, value in summary.items():
+            if name.startswith("alpha"):
+                self._last[name] = value
+            else:
+                self._sums[name] += value
+        network = self.engine.network
+        heads = [logits] if isinstance(logits, Tensor) else list(logits)
+        names = [f"head{number}" for number in range(1, len(heads) + 1)]
+        if isinstance(network, PCB):
+            names = [f"part{number}" for number in range(1, network.parts + 1)] + list(network.supervision)
+        for name, head in zip(names, heads, strict=True):
+            # Left on the device: a number would wait for it.
+            self._sums[f"accuracy_{name}"] += 100 * (head.detach().argmax(dim=1) == identities).float().mean()
+
+    def end_epoch(self) -> None:
+        """Write the epoch's line, and what TensorBoard shows of it."""
+        if not self._batches:  # all of it was trained before the stop that this run resumes from
+            return
+        engine = self.engine
+        means = {name: float(value) / self._batches for name, value in self._sums.items()}
+        rates = {f"lr_{name}": rate for name, rate in self._rates.items()}
+        seconds = round(time.monotonic() - self._started, 3)
+        epoch = {"epoch": engine.epoch + 1, "batches": self._batches, "seconds": seconds}
+        self._write({**epoch, **means, **self._last, **rates})
+        if engine.writer is None:
+            return
+        for name, value in {**means, **rates}.items():
+            if name.startswith(("accuracy_", "lr_")):
+                engine.writer.add_scalar(f"Epoch/{name}", value, engine.epoch + 1)
+        every = engine.settings.tensorboard.maps_every
+        if every and (engine.epoch + 1) % every == 0 and engine.blocks:
+            self._show_maps()
+
+    def evaluated(
+        self, dataset: str, results: dict[str, float], embeddings: Tensor, identities: np.ndarray, cameras: np.ndarray
+    ) -> None:
+        """Write an evaluation's line; with `csalr.tensorboard.projector` show the queries' embeddings, (N, width)."""
+        engine = self.engine
+        self._write({"epoch": engine.epoch + 1, "dataset": dataset, **results})
+        if not engine.settings.tensorboard.projector:
+            return
+        if engine.writer is None:
+            engine.writer = SummaryWriter(log_dir=str(engine.save_dir))
+        shown = embeddings[:_MOST_EMBEDDINGS]
+        # 12288 numbers a query are a file of 100 MB and more; 64 principal directions keep the neighbours.
+        left, size, _ = torch.pca_lowrank(shown, q=min(64, *shown.shape))
+        labels = [list(map(str, pair)) for pair in zip(identities[: len(shown)], cameras[: len(shown)], strict=True)]
+        engine.writer.add_embedding(
+            left * size, labels, metadata_header=["identity", "camera"], global_step=engine.epoch + 1, tag=dataset
+        )
+        engine.writer.flush()
+
+    def _write(self, line: dict[str, Any]) -> None:
+        path = Path(self.engine.save_dir) / METRICS
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+    @torch.no_grad()
+    def _show_maps(self) -> None:
+        """For the first queries and the middle of the image: each stage's full map, and CSALR's beside it."""
+        engine = self.engine
+        target = next(iter(engine.test_loader.values()))["query"].dataset
+        samples = [target[index]["img"] for index in range(min(_MAP_IMAGES, len(target)))]
+        images = torch.stack(samples).to(next(engine.network.parameters()).device)
+        training = engine.network.training
+        engine.network.eval()
+        try:
+            for stage, x in block_inputs(engine.network, images).items():
+                height, width = x.shape[-2:]
+                middle = torch.tensor([height // 2 * width + width // 2], device=x.device)
+                maps = maps_of(engine.blocks[stage], x, rows=middle)
+                pictures = [one.mean(dim=1).reshape(len(x), 1, height, width) for one in (maps.full, maps.compressed)]
+                peak = pictures[0].amax(dim=(1, 2, 3), keepdim=True)
+                side_by_side = torch.cat([(one / peak).clamp(0, 1) for one in pictures], dim=3)  # B, 1, H, 2 W
+                shown = F.interpolate(side_by_side.float(), scale_factor=images.shape[-2] / height)
+                engine.writer.add_images(f"Maps/{stage}_full_and_csalr", shown, engine.epoch + 1)
+        finally:
+            engine.network.train(training)
+
+
+def learning_rates(optimizer: torch.optim.Optimizer) -> dict[str, float]:
+    """The rate of each parameter group by name: "attention", "gate", and the host's "backbone" and "new" or "all"."""
+    rates = {group["role"]: group["lr"] for group in optimizer.param_groups if "role" in group}
+    host = [group["lr"] for group in optimizer.param_groups if "role" not in group]
+    names = ("backbone", "new") if len(host) == 2 else ("all",)
+    return {**dict(zip(names, host, strict=False)), **rates}
+
+
+def read_metrics(path: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """The epochs' lines and the evaluations' lines of a ``metrics.jsonl``, by epoch; a missing file has none.
+
+    Of lines about the same epoch the last counts: it was trained again after a stop. A half-written line is left out.
+    """
+    epochs: dict[int, dict[str, Any]] = {}
+    evaluations: dict[tuple[int, str], dict[str, Any]] = {}
+    if path.is_file():
+        for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            try:
+                line = json.loads(text)
+            except ValueError:
+                continue
+            if "dataset" in line:
+                evaluations[line["epoch"], line["dataset"]] = line
+            else:
+                epochs[line["epoch"]] = line
+    return [epochs[key] for key in sorted(epochs)], [evaluations[key] for key in sorted(evaluations)]

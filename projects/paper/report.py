@@ -1,0 +1,502 @@
+"""The report of a study: our numbers beside the paper's, and nothing that was not run."""
+
+from __future__ import annotations
+
+import base64
+import csv
+import functools
+import html
+import io
+import json
+import re
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+from tabulate import tabulate
+
+from csalr_plugin.hosts.torchreid.monitor import METRICS, read_metrics
+
+from .attention_maps import reconstruction_table
+from .study import CONSOLE, COST, RESULT, RUN, STUDY, epochs_done, paper, read_json, write_json
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
+
+MARK = "*"
+_STYLE = """body{font:15px/1.5 system-ui,sans-serif;margin:2em auto;max-width:78em;padding:0 1em;color:#222}
+table{border-collapse:collapse;margin:.6em 0 1.4em;font-size:14px}
+th,td{border-bottom:1px solid #ddd;padding:.25em .7em;text-align:right;white-space:nowrap}
+th:first-child,td:first-child{text-align:left}thead th{border-bottom:2px solid #888}
+img{max-width:100%}pre{background:#f5f5f5;padding:.8em;overflow-x:auto;font-size:12px}"""
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A training that is planned, begun or done: what it is, how far it is, what came out.
+
+    Attributes:
+        results: mAP and ranks in per cent; None as long as it is not done.
+    """
+
+    name: str
+    dataset: str
+    seed: int
+    epochs: int
+    done: int
+    begun: bool
+    about: dict[str, Any]
+    result: dict[str, Any] | None
+    curves: list[dict[str, Any]]
+    evaluations: list[dict[str, Any]]
+
+    @property
+    def state(self) -> str:
+        """ "done", how far it is, or "not run"."""
+        if self.result:
+            return "done"
+        return f"epoch {self.done} of {self.epochs}" if self.begun else "not run"
+
+    def value(self, metric: str) -> float | None:
+        """A metric in per cent."""
+        value = self.result["results"].get(metric) if self.result else None
+        return None if value is None else 100 * float(value)
+
+
+@dataclass
+class Section:
+    """A part of the report, in the order that it is read: text, tables, pictures."""
+
+    title: str
+    parts: list[tuple[str, Any]] = field(default_factory=list)
+
+    def text(self, text: str) -> None:
+        """A paragraph."""
+        self.parts.append(("text", text))
+
+    def table(self, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+        """A table of cells that are written as they stand."""
+        self.parts.append(("table", (list(header), [[str(cell) for cell in row] for row in rows])))
+
+    def code(self, text: str) -> None:
+        """Text as typed."""
+        self.parts.append(("code", text))
+
+    def picture(self, name: str, figure: Figure) -> None:
+        """A figure, which is closed."""
+        buffer = io.BytesIO()
+        figure.savefig(buffer, dpi=110, format="png")
+        plt.close(figure)
+        self.parts.append(("picture", (name, buffer.getvalue())))
+
+
+def write_report(out: Path) -> Path:
+    """Write ``report.md``, ``.html``, ``.json`` and ``.csv`` of the study in `out`; return the first's path.
+
+    Raises:
+        UserError: a file of the study is damaged.
+    """
+    trained = collect(out)
+    datasets = [name for name in paper()["datasets"] if any(run.dataset == name for run in trained)]
+    sections, records = [_summary(out, trained, datasets)], []
+    for table in paper()["tables"]:
+        section, found = _table(table, trained, datasets)
+        sections.append(section)
+        records += found
+    section, found = _costs(out)
+    sections += [section, _figure4(out), _curves(trained), _cost_against_accuracy(trained), _trainings(trained)]
+    records += found
+    _write(out, [section for section in sections if section.parts])
+    write_json(out / "report.json", {"study": read_json(out / STUDY), "cells": records})
+    with (out / "report.csv").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(_record("", "", "", "", None, None, "", [])))
+        writer.writeheader()
+        writer.writerows(records)
+    return out / "report.md"
+
+
+def collect(out: Path) -> list[Trained]:
+    """Every training that a study plans, by name and seed."""
+    found = []
+    for marker in sorted((out / "runs").glob(f"*/seed*/{RUN}")):
+        folder, about = marker.parent, read_json(marker)
+        result = read_json(folder / RESULT) if (folder / RESULT).exists() else None
+        curves, evaluations = read_metrics(folder / METRICS)
+        given = (about["name"], about["dataset"], about["seed"], about["epochs"])
+        done, begun = epochs_done(folder), (folder / CONSOLE).exists()
+        found.append(Trained(*given, done, begun, about, result, curves, evaluations))
+    order = list(paper()["runs"])
+    return sorted(found, key=lambda run: (run.dataset, order.index(run.name), run.seed))
+
+
+def _summary(out: Path, trained: Sequence[Trained], datasets: Sequence[str]) -> Section:
+    section = Section("The paper's tables, and ours")
+    preset = read_json(out / STUDY)["preset"]
+    finished = [run for run in trained if run.result]
+    state = f"{len(finished)} of {len(trained)} trainings are done."
+    if len(finished) < len(trained):
+        state += " **This report is of a study that is not finished.**"
+    section.text(f"Preset `{preset}`. {state}")
+    section.text(
+        "Accuracies in per cent. Of several seeds: mean ± standard deviation. *Difference* is ours minus the paper's, "
+        "*not run* is what nobody trained here, *epoch 3 of 10* what is not done, *quoted* a row that the paper quotes "
+        "from elsewhere."
+    )
+    marked = [run for run in trained if run.about["deviations"]]
+    if marked:
+        section.text(
+            f"Marked `{MARK}`: **not with the paper's settings** (section 4.2), so no reproduction of its number."
+        )
+        shared = [
+            line for line in marked[0].about["deviations"] if all(line in run.about["deviations"] for run in marked)
+        ]
+        lines = [("every marked training", line) for line in shared]
+        for run in marked:
+            own = [line for line in run.about["deviations"] if line not in shared]
+            lines += [(f"{run.name}, {run.dataset}", line) for line in own]
+        section.table(("of", "what is not the paper's"), dict.fromkeys(lines))
+    left_out = [about["title"] for name, about in paper()["datasets"].items() if name not in datasets]
+    if left_out:
+        section.text(f"Not run at all: {', '.join(left_out)}.")
+    return section
+
+
+def _record(
+    table: str, row: str, dataset: str, metric: str, paper_value: Any, ours: Any, state: str, runs: Sequence[Trained]
+) -> dict[str, Any]:
+    values = [value for run in runs if (value := run.value(metric)) is not None]
+    mean = statistics.fmean(values) if values else ours
+    return {
+        "table": table,
+        "row": row,
+        "dataset": dataset,
+        "metric": metric,
+        "ours": mean,
+        "standard_deviation": statistics.stdev(values) if len(values) > 1 else None,
+        "seeds": len(values),
+        "paper": paper_value,
+        "difference": mean - paper_value if mean is not None and paper_value is not None else None,
+        "papers_settings": not any(run.about["deviations"] for run in runs) if values else None,
+        "state": state,
+    }
+
+
+def _state(runs: Sequence[Trained]) -> str:
+    if not runs:
+        return "not run"
+    if all(run.result for run in runs):
+        return f"{len(runs)} seed{'s' if len(runs) > 1 else ''}"
+    if len(runs) == 1:
+        return runs[0].state
+    return ", ".join(f"seed {run.seed}: {run.state}" for run in runs)
+
+
+def _cell(record: dict[str, Any]) -> str:
+    """Our number with its mark, or why there is none."""
+    if record["ours"] is None:
+        return "-" if record["state"].endswith(("seed", "seeds")) else record["state"]
+    spread = record["standard_deviation"]
+    return (
+        f"{record['ours']:.1f}{'' if spread is None else f' ± {spread:.1f}'}{'' if record['papers_settings'] else MARK}"
+    )
+
+
+def _difference(record: dict[str, Any], form: str = "+.1f") -> str:
+    value = record["difference"]
+    return "-" if value is None else f"{value:{form}}{'' if record['papers_settings'] else MARK}"
+
+
+def _number(value: float | None, form: str = ".1f") -> str:
+    return "-" if value is None else format(value, form)
+
+
+def _table(name: str, trained: Sequence[Trained], datasets: Sequence[str]) -> tuple[Section, list[dict[str, Any]]]:
+    table = paper()["tables"][name]
+    section, records = Section(table["title"]), []
+    columns = table["columns"]
+    for dataset in datasets:
+        rows, gains = [], []
+        for row in table["rows"]:
+            runs = [run for run in trained if run.name == row.get("run") and run.dataset == dataset]
+            state = _state(runs) if "run" in row else "quoted"
+            given = dict(zip(columns, row.get(dataset) or [None] * len(columns), strict=True))
+            found = [_record(name, row["name"], dataset, one, given[one], None, state, runs) for one in columns]
+            records += found
+            cells = [(_cell(one), _number(one["paper"]), _difference(one)) for one in found]
+            rows.append((row["name"], *(cell for three in cells for cell in three), state))
+            if "baseline" in row:
+                gains.append((row, runs, given))
+        section.text(f"On `{dataset}`, the paper's **{paper()['datasets'][dataset]['title']}**:")
+        shown = [word for one in columns for word in (one, "paper", "difference")]
+        section.table(("", *shown, "trainings"), rows)
+        if gained := [line for one in gains if (line := _gain(table, dataset, trained, *one))]:
+            section.text("Gained over the same network without attention:")
+            section.table(("", *(word for one in columns for word in (one, "paper"))), gained)
+    return section, records
+
+
+def _gain(
+    table: dict[str, Any],
+    dataset: str,
+    trained: Sequence[Trained],
+    row: dict[str, Any],
+    runs: Sequence[Trained],
+    given: dict[str, float | None],
+) -> list[str] | None:
+    """What attention gains over the row's baseline, ours beside the paper's; None where either is not trained."""
+    before = [run for run in trained if run.name == row["baseline"] and run.dataset == dataset and run.result]
+    runs = [run for run in runs if run.result]
+    if not before or not runs:
+        return None
+    reference = next(one for one in table["rows"] if one.get("run") == row["baseline"])
+    theirs = dict(zip(table["columns"], reference.get(dataset) or [None] * len(given), strict=True))
+    mark = MARK if any(run.about["deviations"] for run in [*before, *runs]) else ""
+    cells = [row["name"]]
+    for metric, value in given.items():
+        ours = [statistics.fmean([run.value(metric) or 0.0 for run in some]) for some in (runs, before)]
+        base = theirs[metric]
+        cells += [f"{ours[0] - ours[1]:+.1f}{mark}", "-" if value is None or base is None else f"{value - base:+.1f}"]
+    return cells
+
+
+def _costs(out: Path) -> tuple[Section, list[dict[str, Any]]]:
+    """Table 5, from what ``csalr bench cost`` left in the study's folder."""
+    table = paper()["costs"]
+    section, records, rows = Section(table["title"]), [], []
+    path = out / COST
+    measured = read_json(path) if path.exists() else {}
+    figures = {"MB an image": ("kept_bytes", 1e6), "images a second": ("eval_fps", 1.0)}
+    ours = {
+        row["bench"]: [measured["summary"][row["bench"]][figure]["value"] / unit for figure, unit in figures.values()]
+        for row in table["rows"]
+        if row["bench"] in measured.get("summary", {})
+    }
+    first = table["rows"][0]
+    for row in table["rows"]:
+        cells: list[str] = []
+        for index, (metric, value) in enumerate(zip(table["columns"], row["paper"], strict=True)):
+            mine = ours[row["bench"]][index] if row["bench"] in ours else None
+            state = "not run" if mine is None else "measured"
+            record = _record("table5", row["name"], "", metric, value, mine, state, [])
+            record["papers_settings"] = None if mine is None else False
+            records.append(record)
+            cells += [_cell(record), f"{value:.2f}"]
+            if row is first:
+                cells += ["", ""]
+            else:
+                base = ours[first["bench"]][index] if first["bench"] in ours else None
+                cells.append("-" if mine is None or base is None else f"{mine / base - 1:+.1%}{MARK}")
+                cells.append(f"{value / first['paper'][index] - 1:+.1%}")
+        rows.append((row["name"], *cells))
+    section.table(("", *(word for one in table["columns"] for word in (one, "paper", "over PCB", "paper"))), rows)
+    if measured:
+        settings = ", ".join(
+            f"{name} {_plain(value)}" for name, value in measured["settings"].items() if name != "rows"
+        )
+        section.text(
+            f"Marked `{MARK}`: measured with {settings}, on {_plain(measured['machine'])}; the paper names neither its "
+            "device nor its batch size. Memory is what the forward pass keeps for the backward pass, speed that of "
+            "embedding."
+        )
+    return section, records
+
+
+def _plain(value: Any) -> str:
+    return ", ".join(f"{name} {one}" for name, one in value.items()) if isinstance(value, dict) else str(value)
+
+
+def _figure4(out: Path) -> Section:
+    section = Section("Figure 4: attention maps")
+    folder = out / "figure4"
+    measured = sorted(folder.glob("*/*/reconstruction-*.json"))
+    if not measured:
+        section.text("not run")
+        return section
+    for path in measured:
+        about = read_json(path)
+        pictures = ", ".join(f"`{one.relative_to(out).as_posix()}`" for one in sorted(path.parent.glob("*.png")))
+        section.text(
+            f"`{about['model']}` on `{path.parent.parent.name}`: {pictures}. They show people: not copied here."
+        )
+        section.text(
+            f"How far the factors' map is from the full map, over {about['images']} queries: relative Frobenius error, "
+            "and how often the most attended patch is the same. *pooled keys* is a control: the landmarks' keys alone."
+        )
+        section.table(*reconstruction_table(about["rows"]))
+    return section
+
+
+def _curves(trained: Sequence[Trained]) -> Section:
+    """Losses an epoch and mAP an evaluation, a picture for each dataset and table."""
+    section = Section("Learning curves")
+    drawn: set[tuple[str, ...]] = set()
+    for table, about in paper()["tables"].items():
+        names = dict.fromkeys(row["run"] for row in about["rows"] if "run" in row)
+        for dataset in dict.fromkeys(run.dataset for run in trained):
+            runs = [run for run in trained if run.dataset == dataset and run.name in names and run.curves]
+            key = (dataset, *(run.name for run in runs))
+            if not runs or key in drawn:
+                continue
+            drawn.add(key)
+            section.picture(f"curves-{table}-{dataset}", _draw_curves(f"{about['title']} ({dataset})", runs))
+    return section
+
+
+def _branches(line: dict[str, Any]) -> list[float]:
+    """The losses of the supervision branches."""
+    return [value for name, value in line.items() if name.startswith("L_DS")]
+
+
+def _draw_curves(title: str, runs: Sequence[Trained]) -> Figure:
+    figure, axes = plt.subplots(1, 3, figsize=(14, 4.2), sharex=True, layout="constrained")
+    names = list(dict.fromkeys(run.name for run in runs))
+    for run in runs:
+        number = names.index(run.name)
+        first = run.seed == min(other.seed for other in runs if other.name == run.name)
+        style = {"color": f"C{number % 10}", "alpha": 1.0 if first else 0.5, "linestyle": ("-", "--")[number // 10 % 2]}
+        label = {"label": run.name} if first else {}
+        epochs = [line["epoch"] for line in run.curves]
+        axes[0].plot(epochs, [line.get("L_F", line["loss"]) for line in run.curves], marker=".", **style, **label)
+        if any(map(_branches, run.curves)):
+            axes[1].plot(epochs, [sum(_branches(line)) for line in run.curves], marker=".", **style)
+        scores = [line for line in run.evaluations if line["dataset"] == run.dataset]
+        axes[2].plot([line["epoch"] for line in scores], [100 * line["mAP"] for line in scores], marker="o", **style)
+    for axis, ylabel in zip(
+        axes, ("$L_F$, mean of the epoch", r"$\sum_i L_{DS_i}$, mean of the epoch", "mAP (%)"), strict=True
+    ):
+        axis.set(xlabel="epoch", ylabel=ylabel)
+        axis.xaxis.get_major_locator().set_params(integer=True)
+        axis.grid(alpha=0.3)
+    figure.suptitle(title)
+    figure.legend(loc="outside right upper", fontsize="small")
+    return figure
+
+
+@functools.cache
+def _cost(settings: str) -> tuple[float, float]:
+    """GMACs of an image and millions of parameters of the network that a training's settings describe."""
+    import torch
+
+    from csalr_plugin.models import build_model
+    from csalr_plugin.models.cost import count_gmacs, count_parameters
+
+    given = json.loads(settings)
+    keys = {name: given[f"csalr.{name}"] for name in ("groups", "landmarks", "stages", "key_ratio")}
+    with torch.device("meta"):
+        keys["landmarks"] = tuple(keys["landmarks"])
+        model = build_model(given["model.name"], given["data"]["identities"], pretrained=False, **keys).eval()
+    return count_gmacs(model, given["data.height"], given["data.width"]), count_parameters(model) / 1e6
+
+
+def _cost_against_accuracy(trained: Sequence[Trained]) -> Section:
+    section = Section("Cost against accuracy")
+    for dataset in dict.fromkeys(run.dataset for run in trained):
+        points: dict[str, list[Trained]] = {}
+        for run in trained:
+            if run.dataset == dataset and run.result:
+                points.setdefault(run.name, []).append(run)
+        if not points:
+            continue
+        figure, axis = plt.subplots(figsize=(9, 5), layout="constrained")
+        rows = []
+        for number, (name, runs) in enumerate(points.items()):
+            gmacs, parameters = _cost(json.dumps(runs[0].about["settings"], sort_keys=True))
+            mean = statistics.fmean([run.value("mAP") or 0.0 for run in runs])
+            mark = MARK if any(run.about["deviations"] for run in runs) else ""
+            rows.append((name, f"{gmacs:.2f}", f"{parameters:.2f}", f"{mean:.1f}{mark}"))
+            shape = "os^D"[number // 10 % 4]
+            axis.scatter(gmacs, mean, color=f"C{number % 10}", marker=shape, s=3 * parameters, label=name)
+        axis.set(xlabel="GMACs an image at test time", ylabel="mAP (%)", title=dataset)
+        axis.grid(alpha=0.3)
+        figure.legend(loc="outside right upper", fontsize="small")
+        section.picture(f"cost-{dataset}", figure)
+        section.table(("", "GMACs an image", "parameters (M)", "mAP"), rows)
+    if section.parts:
+        section.text("A marker's area is the number of parameters, those that only training needs included.")
+    return section
+
+
+def _trainings(trained: Sequence[Trained]) -> Section:
+    """What each training came to, with what, and the command that does it again."""
+    section = Section("Trainings")
+    if not trained:
+        return section
+    rows = []
+    for run in trained:
+        last = run.curves[-1] if run.curves else {}
+        gates = ", ".join(f"{value:+.3f}" for key, value in last.items() if key.startswith("alpha"))
+        branches = _branches(last)
+        seconds = sum(line["seconds"] for line in run.curves)
+        ended = (_number(last.get("L_F"), ".2f"), _number(sum(branches) if branches else None, ".2f"), gates or "-")
+        rows.append((f"{run.name}, {run.dataset}", run.seed, run.state, f"{seconds / 60:.1f}", *ended))
+    header = ("training", "seed", "state", "minutes", "L_F at the end", "sum L_DS", "gates alpha, by stage")
+    section.table(header, rows)
+    finished = [run for run in trained if run.result]
+    versions = dict.fromkeys(
+        ", ".join(f"{name} {number}" for name, number in run.result["versions"].items())
+        for run in finished
+        if run.result
+    )
+    machines = dict.fromkeys(run.result["machine"] for run in finished if run.result)
+    section.text("Versions: " + ("; ".join(versions) or "no training is done"))
+    section.text("Machine: " + ("; ".join(machines) or "no training is done"))
+    section.text("Each training alone:")
+    section.code("\n".join(run.about["command"] for run in trained))
+    settings = trained[0].about["settings"]
+    same = {
+        key: value for key, value in settings.items() if all(run.about["settings"].get(key) == value for run in trained)
+    }
+    section.text("Settings that all of them share:")
+    section.code("\n".join(f"{key}: {value}" for key, value in same.items()))
+    return section
+
+
+def _write(out: Path, sections: Sequence[Section]) -> None:
+    pictures = out / "pictures"
+    markdown, page = [], []
+    for number, section in enumerate(sections):
+        level = 2 if number else 1
+        markdown.append(f"{'#' * level} {section.title}\n")
+        page.append(f"<h{level}>{html.escape(section.title)}</h{level}>")
+        for kind, content in section.parts:
+            if kind == "text":
+                markdown.append(f"{content}\n")
+                page.append(f"<p>{_inline(content)}</p>")
+            elif kind == "code":
+                markdown.append(f"```\n{content}\n```\n")
+                page.append(f"<pre>{html.escape(content)}</pre>")
+            elif kind == "table":
+                header, rows = content
+                escaped = [[cell.replace("*", r"\*").replace("|", r"\|") for cell in row] for row in rows]
+                markdown.append(tabulate(escaped, header, tablefmt="github", disable_numparse=True) + "\n")
+                page.append(_html_table(header, rows))
+            else:
+                name, data = content
+                pictures.mkdir(exist_ok=True)
+                (pictures / f"{name}.png").write_bytes(data)
+                markdown.append(f"![{name}](pictures/{name}.png)\n")
+                uri = base64.b64encode(data).decode()
+                page.append(f'<img alt="{html.escape(name)}" src="data:image/png;base64,{uri}">')
+    (out / "report.md").write_text("\n".join(markdown), encoding="utf-8")
+    head = '<!doctype html><html lang="en"><head><meta charset="utf-8"><title>csalr reproduce</title>'
+    (out / "report.html").write_text(
+        f"{head}<style>{_STYLE}</style></head><body>\n" + "\n".join(page) + "\n</body></html>\n", encoding="utf-8"
+    )
+
+
+def _html_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    heads = "".join(f"<th>{html.escape(one)}</th>" for one in header)
+    lines = "\n".join("<tr>" + "".join(f"<td>{html.escape(one)}</td>" for one in row) + "</tr>" for row in rows)
+    return f"<table><thead><tr>{heads}</tr></thead><tbody>\n{lines}\n</tbody></table>"
+
+
+def _inline(text: str) -> str:
+    """Markdown's bold, italics and code as HTML, as far as this report uses them."""
+    text = html.escape(text)
+    text = re.sub(r"`(.+?)`", r"<code>\1</code>", text)
+    text = re.sub(r"\*\*(.+?)\*\*", r"<b>\1</b>", text)
+    return re.sub(r"(?<![\w*])\*(?! )([^*]+?)\*", r"<i>\1</i>", text)

@@ -1,0 +1,535 @@
+"""The study of the paper: its rows, its runs, its report, its maps."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from filelock import FileLock
+
+from csalr_plugin.commands import main
+from csalr_plugin.projects.paper import study
+
+# Typed from the paper: Table 1, R-1 R-5 R-10 mAP on Market-1501, DukeMTMC-reID, CUHK03-NP; _ where it has none.
+TABLE1 = """
+DuATM           91.4 97.1 _ 76.6       81.8 90.1 _ 64.6       _ _ _ _
+Mancs           93.1 _ _ 82.3          84.9 _ _ 71.8          65.5 _ _ 60.5
+SphereReID      94.4 98.0 98.7 83.6    83.9 90.6 92.4 68.5    _ _ _ _
+PCB             92.3 97.2 98.2 77.4    81.7 89.7 91.9 66.1    59.7 77.7 85.2 53.2
+PCB + SA        93.8 97.7 98.5 82.2    85.3 92.7 94.8 73.4    65.9 82.3 88.4 62.7
+PCB + CSA       93.7 98.2 98.8 82.3    85.5 92.8 94.5 73.5    67.2 83.9 88.9 63.7
+PCB + CSALR     93.9 97.8 98.6 82.4    86.1 93.2 95.1 74.0    67.6 82.4 88.4 64.0
+PCB-RPP         93.8 97.5 98.5 81.6    83.3 90.5 92.5 69.2    62.8 79.8 86.8 56.7
+PCB-RPP + SA    93.3 97.5 98.7 83.2    84.9 92.8 94.7 72.9    66.1 84.0 89.0 64.6
+PCB-RPP + CSA   93.9 97.8 98.8 83.5    85.4 93.1 94.5 73.1    67.4 83.6 89.1 65.0
+PCB-RPP + CSALR 94.0 98.1 98.8 83.8    85.4 93.3 95.0 73.8    68.8 84.4 89.1 65.3
+"""
+# Tables 2 to 4: R-1 mAP on Market-1501 and DukeMTMC-reID, with the setting that the row varies.
+OTHERS = """
+table2 csalr.landmarks 6x4       93.6 82.1    85.5 73.5
+table2 csalr.landmarks 12x4      93.8 82.3    85.8 73.8
+table2 csalr.landmarks 12x8      93.9 82.4    86.1 74.0
+table2 csalr.landmarks 24x8      93.9 82.6    86.3 74.2
+table3 csalr.groups 1            93.6 82.0    85.8 73.8
+table3 csalr.groups 2            93.9 82.4    86.1 74.0
+table3 csalr.groups 4            93.7 82.3    86.0 73.8
+table3 csalr.groups 8            93.6 82.1    85.7 73.6
+table4 model.name pcb            92.3 77.4    81.7 66.1
+table4 csalr.stages 1            93.3 81.4    84.8 73.0
+table4 csalr.stages 2x3          92.9 80.9    84.4 72.3
+table4 csalr.stages 1x2x3        93.9 82.4    86.1 74.0
+"""
+# Table 5: megabytes an image, images a second.
+TABLE5 = ((137.64, 581.81), (300.68, 266.67), (165.00, 507.93), (192.25, 460.43), (221.97, 418.30), (254.75, 380.95))
+DATASETS = ("market1501", "dukemtmcreid", "cuhk03")
+TINY = ("data.height", "32", "data.width", "16", "train.max_epoch", "2", "train.batch_size", "16")
+
+
+def numbers(words: list[str]) -> list[float | None]:
+    return [None if word == "_" else float(word) for word in words]
+
+
+def refusal(capsys: pytest.CaptureFixture[str], *words: Any) -> str:
+    """The one line that the command refuses `words` with."""
+    capsys.readouterr()
+    assert main([str(word) for word in words]) == 2
+    said = capsys.readouterr().err.splitlines()
+    lines = [line for line in said if line.startswith("csalr: error: ")]
+    assert len(lines) == 1 and said[-1] == lines[0], said
+    assert "Traceback" not in "\n".join(said)
+    return lines[0]
+
+
+def cells(out: Path) -> dict[tuple[str, str, str, str], dict[str, Any]]:
+    found = json.loads((out / "report.json").read_text())["cells"]
+    return {(one["table"], one["row"], one["dataset"], one["metric"]): one for one in found}
+
+
+def test_table_1_s_rows_hold_every_number_of_the_paper() -> None:
+    rows = study.paper()["tables"]["table1"]["rows"]
+    typed = [re.split(r"\s{2,}|(?<=[A-Za-z])\s(?=[\d_])", line, maxsplit=1) for line in TABLE1.strip().splitlines()]
+    assert [row["name"] for row in rows] == [name for name, _ in typed]
+    for row, (_, line) in zip(rows, typed, strict=True):
+        values = numbers(line.split())
+        for number, dataset in enumerate(DATASETS):
+            assert row.get(dataset, [None] * 4) == values[4 * number : 4 * number + 4], (row["name"], dataset)
+    assert [row["name"] for row in rows if "run" not in row] == ["DuATM", "Mancs", "SphereReID"]
+
+
+def test_the_rows_of_tables_2_to_4_hold_every_number_of_the_paper_and_the_setting_that_they_vary() -> None:
+    rows = [(table, row) for table in ("table2", "table3", "table4") for row in study.paper()["tables"][table]["rows"]]
+    typed = [line.split() for line in OTHERS.strip().splitlines()]
+    for (table, row), (wanted, key, value, *values) in zip(rows, typed, strict=True):
+        assert table == wanted
+        setting = study.paper()["runs"][row["run"]][key]
+        assert ("x".join(map(str, setting)) if isinstance(setting, list) else str(setting)) == value
+        assert row["market1501"] + row["dukemtmcreid"] == numbers(values)
+
+
+def test_table_5_s_rows_hold_every_number_of_the_paper() -> None:
+    assert tuple(tuple(row["paper"]) for row in study.paper()["costs"]["rows"]) == TABLE5
+
+
+def test_the_full_preset_is_the_paper_s_settings_and_deviates_in_nothing_on_the_paper_s_data(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    counts = {"identities": 751, "training": 12936, "query": 3368, "gallery": 15913}
+    monkeypatch.setattr(study, "dataset_counts", lambda name, root: counts)
+    options = study.Options("all", tmp_path / "out", root=tmp_path, preset="full")
+    for run in study.plan(options):
+        config = run.config
+        assert (config.data.height, config.data.width, config.data.transforms) == (384, 128, ["random_flip"])
+        train = config.train
+        assert (train.optim, train.lr, train.weight_decay, config.sgd.momentum) == ("sgd", 0.1, 1e-4, 0.9)
+        assert (train.batch_size, train.max_epoch, train.stepsize, train.gamma) == (64, 100, [40], 0.1)
+        assert train.staged_lr and train.base_lr_mult == 0.1
+        assert not config.loss.softmax.label_smooth and not config.test.rerank
+        assert config.csalr.supervision_weight == 1.0 and config.csalr.rpp.pcb_epochs == 40
+        assert not config.cuhk03.labeled_images and not config.cuhk03.classic_split
+        assert run.deviations == ()
+    other = study.plan(
+        study.Options("table1", tmp_path / "out", tmp_path, preset="full", overrides=("train.lr", "0.05"))
+    )
+    assert other[0].deviations == ("train.lr 0.05 (paper: 0.1)",)
+
+
+def test_all_tables_share_their_runs() -> None:
+    names = study.run_names("all")
+    assert len(names) == len(set(names)) == 16
+    assert study.run_names("table4") == ("pcb", "pcb_csalr-stage-1", "pcb_csalr-stages-2-3", "pcb_csalr")
+
+
+def test_the_smoke_of_every_table_ends_in_a_report_that_marks_each_number_and_fills_in_nothing(tmp_path: Path) -> None:
+    out = tmp_path / "study"
+    assert main(["reproduce", "all", "--preset", "smoke", "--out", str(out), *TINY]) == 0
+    found = cells(out)
+    trained = {key: one for key, one in found.items() if key[0] != "table5" and one["state"] != "quoted"}
+    assert len(trained) == 8 * 4 + 3 * 4 * 2
+    for one in trained.values():
+        assert 0 <= one["ours"] <= 100 and one["papers_settings"] is False and one["state"] == "1 seed"
+        assert one["difference"] == pytest.approx(one["ours"] - one["paper"])
+    assert all(one["ours"] is None for one in found.values() if one["state"] == "quoted")
+    assert len(list(out.glob("runs/*/seed1/result.json"))) == 16
+    assert len(list(out.glob("figure4/market1501/pcb_csalr/*.png"))) == 3
+    text, page = (out / "report.md").read_text(), (out / "report.html").read_text()
+    ours = f"{found['table1', 'PCB + CSALR', 'market1501', 'mAP']['ours']:.1f}"
+    assert rf"{ours}\*" in text and f"<td>{ours}*</td>" in page
+    assert "data.height 32 (paper: 384)" in text and "the dataset is not Market-1501" in text
+    assert "csalr train --config-file" in text and "torch " in text and "cores" in text
+    assert page.count("data:image/png;base64,") >= 5 and "http" not in page
+    rows = list(csv.DictReader((out / "report.csv").open()))
+    assert len(rows) == len(found)
+
+    # Half of it: what is not there is not filled in.
+    (out / "runs/market1501-pcb_sa/seed1/result.json").unlink()
+    next(out.glob("runs/market1501-pcb_sa/seed1/model/*")).rename(
+        out / "runs/market1501-pcb_sa/seed1/model/model.pth.tar-1"
+    )
+    (out / "runs/market1501-pcb_csa").rename(tmp_path / "elsewhere")
+    assert main(["reproduce", "all", "--out", str(out), "--report"]) == 0
+    half, text = cells(out), (out / "report.md").read_text()
+    assert "**This report is of a study that is not finished.**" in text
+    for row, state in (("PCB + SA", "epoch 1 of 2"), ("PCB + CSA", "not run")):
+        assert half["table1", row, "market1501", "mAP"]["ours"] is None
+        assert half["table1", row, "market1501", "mAP"]["state"] == state
+        assert re.search(rf"\| {re.escape(row)} +\| {state}", text)
+    assert half["table1", "PCB", "market1501", "mAP"] == found["table1", "PCB", "market1501", "mAP"]
+    assert "14 of 15 trainings are done" in text
+    for checkpoint in tmp_path.rglob("model.pth.tar-*"):  # gigabytes
+        checkpoint.unlink()
+
+
+def test_a_study_killed_in_the_middle_of_a_row_ends_with_the_table_of_an_undisturbed_one(
+    tiny_data: Path, tmp_path: Path
+) -> None:
+    def words(out: Path) -> list[str]:
+        given = ["reproduce", "table4", "--only", "pcb_csalr-stage-1", "--preset", "smoke", "--root", str(tiny_data)]
+        return [*given, "--out", str(out), *TINY]
+
+    killed, undisturbed = tmp_path / "killed", tmp_path / "undisturbed"
+    process = subprocess.Popen([sys.executable, "-m", "csalr_plugin", *words(killed)], start_new_session=True)
+    folder = killed / "runs/market1501-pcb_csalr-stage-1/seed1"
+    limit = time.monotonic() + 120
+    while not (folder / "model/model.pth.tar-1").exists():
+        assert process.poll() is None and time.monotonic() < limit
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert study.epochs_done(folder) == 1 and not (folder / "result.json").exists()
+    assert main(words(killed)) == 0
+    assert main(words(undisturbed)) == 0
+    assert cells(killed) == cells(undisturbed)
+    assert "Resumed from" in (folder / "console.log").read_text()
+    # Killed between its last epoch and its results, it is evaluated from its last checkpoint.
+    (folder / "result.json").unlink()
+    (folder / "results_market1501.json").unlink()
+    assert main(words(killed)) == 0
+    assert cells(killed) == cells(undisturbed)
+    assert [path.name for path in (folder / "model").iterdir()] == ["model.pth.tar-2"]
+    # What is done is not trained again.
+    before = {path: path.stat().st_mtime_ns for path in (killed / "runs").rglob("*")}
+    assert main(words(killed)) == 0
+    assert before == {path: path.stat().st_mtime_ns for path in (killed / "runs").rglob("*")}
+
+
+def test_dry_run_prints_commands_that_are_accepted_alone(
+    tiny_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import shlex
+
+    from csalr_plugin.hosts.torchreid.arguments import config_from_arguments, parse_arguments
+
+    words = ["table3", "--preset", "small", "--root", str(tiny_data), "--out", str(tmp_path / "out"), "--seeds", "2"]
+    assert (
+        main(["reproduce", *words, "--only", "pcb_csalr-8-groups", "pcb_csalr", "csalr.amp", "none", "--dry-run"]) == 0
+    )
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 4 and not (tmp_path / "out").exists()
+    configs = [config_from_arguments(parse_arguments(shlex.split(line)[2:], "csalr train")) for line in lines]
+    assert [(config.csalr.groups, config.train.seed) for config in configs] == [(2, 1), (8, 1), (2, 2), (8, 2)]
+    assert all(config.csalr.amp == "none" and config.data.height == 128 for config in configs)
+
+
+def test_several_seeds_give_mean_and_standard_deviation_and_say_what_is_not_done(tmp_path: Path) -> None:
+    out = tmp_path / "study"
+    counts = {"identities": 751, "training": 12936, "query": 3368, "gallery": 15913}
+    for seed, score in ((1, 0.5), (2, 0.6), (3, None)):
+        folder = out / "runs/market1501-pcb" / f"seed{seed}"
+        folder.mkdir(parents=True)
+        about = {"name": "pcb", "dataset": "market1501", "seed": seed, "epochs": 9, "deviations": [], "command": "c"}
+        settings = {"model.name": "pcb", "csalr.groups": 2, "csalr.landmarks": [12, 8], "csalr.stages": [1]}
+        settings |= {"csalr.key_ratio": 0.25, "data": counts, "data.height": 64, "data.width": 32}
+        study.write_json(folder / study.RUN, {**about, "settings": settings})
+        if score is not None:
+            result = {"results": {"mAP": score, "rank-1": score}, "versions": {"torch": "2"}, "machine": "m"}
+            study.write_json(folder / study.RESULT, result)
+    study.write_json(out / study.STUDY, {"version": study.__version__, "preset": "full"})
+    assert main(["reproduce", "table1", "--out", str(out), "--report"]) == 0
+    one = cells(out)["table1", "PCB", "market1501", "mAP"]
+    assert (one["ours"], one["seeds"], one["papers_settings"]) == (pytest.approx(55.0), 2, True)
+    assert one["standard_deviation"] == pytest.approx(50**0.5)
+    assert one["state"] == "seed 1: done, seed 2: done, seed 3: not run"
+    assert "| 55.0 ± 7.1 " in (out / "report.md").read_text()  # and no mark
+
+
+@pytest.fixture
+def begun(tiny_data: Path, tmp_path: Path) -> Iterator[tuple[Path, list[str]]]:
+    """A study's folder with a training in it, and the words that go on with it; it stays as it is."""
+    out = tmp_path / "study"
+    options = study.Options("table1", out, tiny_data, preset="smoke", only=("pcb",))
+    (run,) = study.plan(options)
+    (run.folder / "model").mkdir(parents=True)
+    (run.folder / "model/model.pth.tar-1").write_bytes(b"trained for a week")
+    study.write_json(out / study.STUDY, {"version": study.__version__, "preset": "smoke"})
+    study.write_json(run.folder / study.RUN, {"settings": run.settings})
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    yield (
+        out,
+        ["reproduce", "table1", "--root", str(tiny_data), "--preset", "smoke", "--only", "pcb", "--out", str(out)],
+    )
+    after = {path: path.read_bytes() for path in out.rglob("*") if path.is_file() and path.name != ".lock"}
+    assert after.items() >= {key: value for key, value in before.items() if key.name != study.STUDY}.items()
+
+
+def test_a_folder_of_another_version_is_left_alone(
+    begun: tuple[Path, list[str]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, words = begun
+    study.write_json(out / study.STUDY, {"version": "0.0.9", "preset": "smoke"})
+    line = refusal(capsys, *words)
+    assert "0.0.9" in line and study.__version__ in line and "another" in line
+
+
+@pytest.mark.parametrize(
+    ("more", "expected"),
+    [
+        (("train.lr", "0.5"), ("train.lr 0.01, now 0.5", "another --out")),
+        (("--preset", "small"), ("the preset smoke", "small")),
+        (("--only", "pcb_csarl"), ("pcb_csarl", "'pcb_csalr'")),
+        (("csalr.groups", "4"), ("csalr.groups", "--only")),
+        (("csalr.warmups", "4"), ("csalr.warmups", "'csalr.warmup'")),
+        (("--dataset", "dukemtmcreid"), ("dukemtmcreid", "is missing")),
+        (("--dataset", "duke"), ("'duke'", "dukemtmcreid")),
+        (("--seeds", "0"), ("--seeds is 0",)),
+        (("--weights", "none.pth"), ("none.pth",)),
+    ],
+)
+def test_a_study_that_cannot_be_gone_on_with_is_one_line_and_leaves_everything(
+    begun: tuple[Path, list[str]],
+    capsys: pytest.CaptureFixture[str],
+    more: tuple[str, ...],
+    expected: tuple[str, ...],
+) -> None:
+    line = refusal(capsys, *begun[1], *more)
+    assert all(part in line for part in expected), line
+
+
+def test_two_studies_never_write_into_one_folder(
+    begun: tuple[Path, list[str]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, words = begun
+    with FileLock(out / ".lock"):
+        assert "in use by another study" in refusal(capsys, *words)
+
+
+def test_a_training_that_outlived_its_study_is_not_written_over(
+    tiny_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with FileLock(tmp_path / ".lock"):
+        words = ["--config-file", "configs/torchreid/pcb_demo_64x32_adam.yaml", "--root", str(tiny_data)]
+        line = refusal(capsys, "train", *words, "data.save_dir", str(tmp_path))
+    assert "being written by another training" in line
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (("table9",), ("table9", "table1")),
+        (("table1",), ("--root is missing",)),
+        (("table1", "--preset", "smoke", "--dataset", "cuhk03"), ("smoke", "does not fit", "cuhk03")),
+        (("table1", "--preset", "smal"), ("smal", "'small'")),
+        (("table1", "--report"), ("no study",)),
+    ],
+)
+def test_a_study_that_cannot_begin_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], words: tuple[str, ...], expected: tuple[str, ...]
+) -> None:
+    line = refusal(capsys, "reproduce", "--out", tmp_path / "out", *words)
+    assert all(part in line for part in expected), line
+
+
+def test_a_preset_that_does_not_fit_the_dataset_is_one_line(
+    tiny_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ("table1", "--preset", "full", "--root", tiny_data, "--out", tmp_path / "out")
+    line = refusal(capsys, "reproduce", *words)
+    assert "does not fit the dataset" in line and "train.batch_size is 64" in line and "44 training images" in line
+    assert not (tmp_path / "out" / "runs").exists()
+
+
+def test_a_folder_with_something_else_in_it_is_left_alone(
+    tiny_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "thesis.tex").write_text("mine")
+    words = ("table1", "--preset", "smoke", "--root", tiny_data, "--out", tmp_path)
+    assert "holds something that is no study" in refusal(capsys, "reproduce", *words)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+class OneBlock(torch.nn.Module):
+    """A network that is its block: images' first channel, unchanged, is what the block is given."""
+
+    def __init__(self, block: torch.nn.Module) -> None:
+        super().__init__()
+        self.attention = torch.nn.ModuleDict({"stage1": block})
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.attention["stage1"](images[:, :1])
+
+
+def known_block(landmarks: tuple[int, int] = (4, 2)) -> torch.nn.Module:
+    """A CSALR block over one channel with Q = K = x."""
+    from csalr_plugin.attention import CSALR
+
+    block = CSALR(1, groups=1, landmarks=landmarks, key_ratio=1.0).fold().eval()
+    with torch.no_grad():
+        for projection in (block.query, block.key):
+            projection.weight.fill_(1.0)
+            projection.bias.fill_(0.0)
+    return block
+
+
+def test_maps_of_a_two_coloured_image_are_the_closed_form_full_and_reconstructed() -> None:
+    from csalr_plugin.attention.maps import maps_of
+
+    height, width, b = 8, 4, 0.7
+    n = height * width
+    x = torch.full((1, 1, height, width), b)
+    x[:, :, height // 2 :] = -b
+    maps = maps_of(known_block(), x)
+    same, other = torch.tensor(b * b).double().exp(), torch.tensor(-b * b).double().exp()
+    value = torch.where(x.flatten()[:, None] * x.flatten() > 0, same, other) / (n / 2 * (same + other))
+    torch.testing.assert_close(maps.full[0, 0], value, rtol=1e-6, atol=0)
+    # Constant within each landmark's patch, so the factors give the full map itself.
+    torch.testing.assert_close(maps.compressed[0, 0], value, rtol=1e-6, atol=1e-9)
+    rows = torch.tensor([3, 30])
+    torch.testing.assert_close(maps_of(known_block(), x, rows=rows).compressed, maps.compressed[:, :, rows])
+
+
+def test_compressed_maps_are_what_the_blocks_compute() -> None:
+    from csalr_plugin.attention import build_attention
+    from csalr_plugin.attention.maps import maps_of
+
+    torch.manual_seed(0)
+    x = torch.randn(2, 16, 9, 5)
+    for name in ("sa", "csa", "csalr"):
+        block = build_attention(name, 16, groups=2, landmarks=(3, 2)).eval().double()
+        maps = maps_of(block, x.double())
+        V = block._split(block._project("value", x.double()))
+        given = maps.full if name == "sa" else maps.compressed
+        torch.testing.assert_close(block._join((given @ V.mT).mT, x.double()), block.attend(x.double()))
+        torch.testing.assert_close(maps.full.sum(-1), torch.ones_like(maps.full.sum(-1)))
+
+
+def test_a_control_of_pooled_keys_spreads_a_landmark_s_share_over_its_patch() -> None:
+    from csalr_plugin.attention import LandmarkGrid
+    from csalr_plugin.attention.maps import pooled_key_map
+
+    Q = K = torch.tensor([0.0, 0.0, 2.0, 4.0]).double().reshape(1, 1, 1, 4)
+    found = pooled_key_map(Q, K, LandmarkGrid(1, 4, (1, 2), torch.device("cpu")))[0, 0]
+    share = torch.tensor([[0.0, 0.0], [0.0, 0.0], [0.0, 6.0], [0.0, 12.0]]).double().softmax(-1)
+    torch.testing.assert_close(found, share.repeat_interleave(2, dim=1) / 2)
+
+
+def test_figure_4_is_drawn_for_a_block_whose_map_is_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from PIL import Image
+
+    from csalr_plugin.hosts.torchreid.config import default_config
+    from csalr_plugin.projects.paper import attention_maps
+
+    config = default_config()
+    config.merge_from_list(["data.height", 8, "data.width", 4, "data.norm_mean", "0,0,0", "data.norm_std", "1,1,1"])
+    picture = torch.zeros(8, 4, 3, dtype=torch.uint8)
+    picture[4:] = 255
+    Image.fromarray(picture.numpy()).save(tmp_path / "person.png")
+    shown: list[torch.Tensor] = []
+    original = attention_maps._show
+    monkeypatch.setattr(
+        attention_maps,
+        "_show",
+        lambda axis, image, values, *rest: (shown.append(values), original(axis, image, values, *rest)),
+    )
+    block = known_block()
+    network = attention_maps.Network(OneBlock(block).eval(), {"stage1": block}, "one", config)
+    drawn = attention_maps.draw(network, tmp_path / "person.png", tmp_path / "maps", points=[(0.5, 0.9)], grid=True)
+    e = torch.tensor(1.0).double().exp()
+    top, bottom = (1 / (16 * (1 + e))).item(), (e / (16 * (1 + e))).item()
+    wanted = torch.tensor([top] * 16 + [bottom] * 16).double().reshape(8, 4)
+    assert len(shown) == 2
+    for values in shown:
+        torch.testing.assert_close(values, wanted, rtol=1e-6, atol=1e-9)
+    assert Image.open(drawn).size[0] > 100
+    rows = attention_maps.reconstruction(network, [tmp_path / "person.png"])
+    own = next(row for row in rows if (row["map"], row["points"]) == ("CSALR", 8))
+    assert own["error"] < 1e-6 and own["agreement"] == 1.0
+    coarse = next(row for row in rows if (row["map"], row["points"]) == ("pooled keys", 8))
+    assert coarse["error"] < 1e-6  # constant patches: the control is exact there too
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from csalr_plugin.models import build_model
+
+    folder = tmp_path_factory.mktemp("checkpoints")
+    for name in ("pcb", "pcb_csa"):
+        torch.save({"state_dict": build_model(name, 2, pretrained=False).state_dict()}, folder / f"{name}.pth")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("more", "expected"),
+    [
+        (("--checkpoint", "pcb_csa.pth"), ("another architecture", "attention.stage1")),
+        (("--checkpoint", "pcb.pth"), ("no attention blocks", "pcb_csalr")),
+        (("--checkpoint", "none.pth"), ("none.pth", "not a file")),
+        (("MODEL.NAME", "pcb"), ("'pcb' has no attention",)),
+        (("--points", "0.5,1.5"), ("0.5,1.5", "0 to below 1")),
+        (("--image", "note.txt"), ("note.txt", "no image")),
+        (("--root", "."), ("either images", "--root")),
+    ],
+)
+def test_maps_that_cannot_be_drawn_are_one_line(
+    checkpoints: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    more: tuple[str, ...],
+    expected: tuple[str, ...],
+) -> None:
+    monkeypatch.chdir(checkpoints)
+    Path("note.txt").write_text("not an image")
+    given = () if "--image" in more else ("--image", "person.jpg")
+    line = refusal(capsys, "attention-maps", "--out", "maps", *given, *more, "model.pretrained", "False")
+    assert all(part in line for part in expected), line
+
+
+def test_metrics_of_an_epoch_trained_again_replace_those_before_and_half_a_line_is_left_out(tmp_path: Path) -> None:
+    from csalr_plugin.hosts.torchreid.monitor import read_metrics
+
+    lines = [{"epoch": 1, "loss": 9.0}, {"epoch": 2, "loss": 8.0}, {"epoch": 2, "dataset": "d", "mAP": 0.1}]
+    lines += [{"epoch": 2, "loss": 7.0}, {"epoch": 2, "dataset": "d", "mAP": 0.2}]
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"epoch": 3, "lo')
+    epochs, evaluations = read_metrics(path)
+    assert [(line["epoch"], line["loss"]) for line in epochs] == [(1, 9.0), (2, 7.0)]
+    assert [line["mAP"] for line in evaluations] == [0.2]
+    assert read_metrics(tmp_path / "none") == ([], [])
+
+
+def test_tensorboard_has_losses_gates_rates_heads_maps_and_on_demand_the_projector(
+    tiny_data: Path, tmp_path: Path
+) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    words = ["train", "--config-file", "configs/torchreid/pcb_384x128_sgd.yaml", "--root", str(tiny_data)]
+    words += ["data.height", "64", "data.width", "32", "train.max_epoch", "1", "train.batch_size", "8"]
+    words += ["model.pretrained", "False", "data.workers", "0", "csalr.stages", "2,3", "data.save_dir", str(tmp_path)]
+    assert main([*words, "csalr.tensorboard.maps_every", "1", "csalr.tensorboard.projector", "True"]) == 0
+    events = EventAccumulator(str(tmp_path)).Reload()
+    tags = set(events.Tags()["scalars"])
+    heads = [f"Epoch/accuracy_{name}" for name in ("part1", "part6", "stage2", "stage3")]
+    rates = [f"Epoch/lr_{name}" for name in ("backbone", "new", "attention", "gate")]
+    assert tags.issuperset({"Train/L_F", "Train/L_DS_stage2", "Train/alpha_stage3", *heads, *rates})
+    assert events.Scalars("Epoch/lr_gate")[0].value == pytest.approx(0.01)
+    assert set(events.Tags()["images"]) == {"Maps/stage2_full_and_csalr", "Maps/stage3_full_and_csalr"}
+    assert (tmp_path / "projector_config.pbtxt").is_file()
+    (line,) = (line for line in map(json.loads, (tmp_path / "metrics.jsonl").open()) if "batches" in line)
+    assert line["L_F"] > 0 and "alpha_stage2" in line and 0 <= line["accuracy_part1"] <= 100
+
+
+def test_table_5_is_taken_from_the_bench_with_the_change_from_pcb_beside_the_paper_s(tmp_path: Path) -> None:
+    out = tmp_path / "study"
+    (out / "cost").mkdir(parents=True)
+    summary = {
+        name: {"kept_bytes": {"value": 1e6 * size}, "eval_fps": {"value": speed}}
+        for name, size, speed in (("pcb", 100.0, 50.0), ("csalr-2", 125.0, 40.0))
+    }
+    bench = {"settings": {"height": 384, "rows": ["pcb"]}, "machine": {"cpu": "a CPU"}, "summary": summary}
+    study.write_json(out / study.COST, bench)
+    study.write_json(out / study.STUDY, {"version": study.__version__, "preset": "full"})
+    assert main(["reproduce", "table5", "--out", str(out), "--report"]) == 0
+    text = (out / "report.md").read_text()
+    (line,) = (line for line in text.splitlines() if line.startswith("| PCB + CSALR, 2 groups"))
+    found = [cell.strip() for cell in line.split("|")[2:-1]]
+    assert found == [r"125.0\*", "192.25", r"+25.0%\*", "+39.7%", r"40.0\*", "460.43", r"-20.0%\*", "-20.9%"]
+    assert re.search(r"\| PCB \+ SA +\| not run", text) and "a CPU" in text
