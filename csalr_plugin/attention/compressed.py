@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from csalr_plugin.attention.block import AttentionBlock, autocast_like, full_range, observing, softmax
+from csalr_plugin.attention.low_rank import plan, split, spread_source, values
 
 
 class CompressedSelfAttention(AttentionBlock):
@@ -34,14 +37,31 @@ class CompressedSelfAttention(AttentionBlock):
             nn.init.orthogonal_(group)
 
     def attend(self, x: Tensor) -> Tensor:
-        """O before gate and residual: (B, C, H, W) -> (B, C, H, W)."""
-        Q, V = full_range(self._project("query", x), self.value(x).flatten(2))  # B, C' or C, n
+        """O before gate and residual: (B, C, H, W) -> (B, C, H, W).
+
+        As in CSALR, `value` and `fuse` act on m rows in place of n positions where that is less work.
+        """
+        X, fuse = x.flatten(2), getattr(self, "fuse", None)  # B, C, n
+        Q = self._project("query", x)  # B, C', n
+        m = len(self.bases) // self.groups
+        way = plan(len(X), X.shape[1], X.shape[2], m, self.groups, x.device)
+        Q, X = full_range(Q, X)
         with autocast_like(Q):
             logits = self._logits(Q)  # B, groups, m, n
-            E = softmax(logits) @ self._split(V).mT  # B, groups, m, c
-            E = self._split(self._normalise("value", E.mT.flatten(1, 2)))  # B, groups, c, m
-            attended = E @ softmax(logits, dim=-2)  # B, groups, c, n
-        return self._join(attended, x)
+            B, W = softmax(logits), softmax(logits, dim=2)
+            if way.at_landmarks:
+                rows = split(B.flatten(1, 2) @ X.mT, self.groups)  # B, groups, m, C
+                E = values(rows, self.value.weight.flatten(1), way) + cast(Tensor, self.value.bias).view(
+                    self.groups, 1, -1
+                )
+            else:
+                E = B @ self._split(self.value(x).flatten(2)).mT  # B, groups, m, c
+            # Rows of B sum to 1, so an affine map of E is the same map of V: it folds into `value`.
+            E = self._split(self._normalise("value", E.mT.flatten(1, 2))).mT  # B, groups, m, c
+            if not way.at_landmarks or fuse is None:
+                return self._join(E.mT @ W, x)
+            source = spread_source(E, fuse.weight.flatten(1), fuse.bias, E.dtype, way, total=1)  # B, groups, m, C
+            return (source.flatten(1, 2).mT @ W.flatten(1, 2)).view_as(x)
 
     def diagnose(self, x: Tensor) -> dict[str, float]:
         """The largest scaled cosine of a query and a base over x, (B, C, H, W); at most 14."""

@@ -59,18 +59,16 @@ class CSALR(AttentionBlock):
     def _evaluate(self, x: Tensor, alpha: Tensor | None, pooled: bool) -> tuple[Tensor, Tensor]:
         dtype = working_type(x)
         wide = torch.promote_types(dtype, torch.float32)
-        names = ("query", "key", "value")
-        gains, shifts = zip(*(self._affine(name) for name in names), strict=True)
+        gain_q, shift_q = self._affine("query")
+        gain_k, shift_k = self._affine("key")
+        gain_v, shift_v = self._affine("value")
+        gain_k = gain_k + 0 * shift_k  # no softmax sees the shift of keys: its gradient is 0, not missing
         value_norm, fuse = self._training_norm("value"), getattr(self, "fuse", None)
         out, mean, *statistics = LowRankAttention.apply(
             x,
-            self.query.weight.flatten(1),
-            self.key.weight.flatten(1),
-            torch.cat(gains[:2]).to(wide),
-            torch.cat(shifts[:2]).to(wide),
-            self.value.weight.flatten(1),
-            gains[2].to(wide),
-            shifts[2].to(wide),
+            *(self.query.weight.flatten(1), gain_q.to(wide), shift_q.to(wide)),
+            *(self.key.weight.flatten(1), gain_k.to(wide)),
+            *(self.value.weight.flatten(1), gain_v.to(wide), shift_v.to(wide)),
             None if fuse is None else fuse.weight.flatten(1),
             None if fuse is None else fuse.bias,
             alpha,
@@ -82,11 +80,11 @@ class CSALR(AttentionBlock):
             dtype,
         )
         if value_norm is not None:
-            mean_qk, variance_qk, mean_e, variance_e = statistics
-            rows = len(x) * LandmarkGrid(x.shape[2], x.shape[3], self.landmarks, x.device).m
-            self._track("query", mean_qk[: self.key_channels], variance_qk[: self.key_channels], x[:, 0].numel())
-            self._track("key", mean_qk[self.key_channels :], variance_qk[self.key_channels :], x[:, 0].numel())
-            self._track("value", mean_e, variance_e, rows)
+            positions = x[:, 0].numel()
+            marks = len(x) * LandmarkGrid(x.shape[2], x.shape[3], self.landmarks, x.device).m
+            for name, count in (("query", positions), ("key", positions), ("value", marks)):
+                mean_of, variance_of, *statistics = statistics
+                self._track(name, mean_of, variance_of, count)
         return out, mean
 
     def diagnose(self, x: Tensor) -> dict[str, float]:

@@ -44,9 +44,16 @@ class LandmarkGrid:
 
     def pool_backward(self, gradient: Tensor) -> Tensor:
         """The gradient of :meth:`pool`, each landmark's shared out evenly: (..., C, m) -> (..., C, H*W)."""
-        sizes = torch.outer(torch.bincount(self.row_of), torch.bincount(self.column_of))  # H', W'
-        share = gradient.unflatten(-1, (self.rows, self.columns)) / sizes  # type: ignore[no-untyped-call]
+        share = gradient.unflatten(-1, (self.rows, self.columns)) / self.sizes()  # type: ignore[no-untyped-call]
         return share.index_select(-1, self.column_of).index_select(-2, self.row_of).flatten(-2)
+
+    def sizes(self) -> Tensor:
+        """Positions of each landmark, (H', W')."""
+        rows, columns = torch.arange(self.rows), torch.arange(self.columns)
+        return torch.outer(
+            (self.row_of[:, None] == rows.to(self.row_of.device)).sum(0),
+            (self.column_of[:, None] == columns.to(self.column_of.device)).sum(0),
+        )
 
     def landmark_of(self) -> Tensor:
         """The landmark of each position, (H*W,)."""

@@ -35,24 +35,28 @@ class Plan(NamedTuple):
 
     at_landmarks: bool  # `value` and `fuse` act on landmarks, not on positions
     keeps_projections: bool  # Q and K are kept for the backward pass
-    keeps_gathered: bool  # so is S_mn X^T
-    keeps_values: bool
+    keeps_gathered: bool  # so is S_mn X^T, or V
+    keeps_values: bool  # and E
+    keeps_fused: bool  # and what `fuse` made of Z
     images: int  # computed at a time
 
 
 def plan(batch: int, channels: int, n: int, m: int, groups: int, device: torch.device) -> Plan:
     """The plan for `batch` maps of `channels` by n positions with m landmarks, from the shapes alone.
 
-    What takes more than 512 multiplications a number is kept, what takes fewer is computed again.
+    What takes some 512 multiplications a number and more is kept, what takes fewer is computed again; V is kept, as
+    it takes the most.
     """
     landmark_cost = groups * n * m * channels + m * channels**2
     position_cost = n * channels**2 + n * m * channels
-    at_landmarks = landmark_cost <= position_cost
+    # Products over all groups at once are some 15 % faster than those a group on a CPU.
+    at_landmarks = landmark_cost <= 1.15 * position_cost
     return Plan(
         at_landmarks=at_landmarks,
         keeps_projections=channels >= 512,
-        keeps_gathered=at_landmarks and n > 512,
+        keeps_gathered=not at_landmarks or n > 512,
         keeps_values=not at_landmarks or channels > 512,
+        keeps_fused=at_landmarks and groups > 1 and channels // groups >= 512,
         # 8 MiB of x in fp32, and a power of two, which threads share out evenly.
         images=2 ** max(0, (2**21 // (channels * n)).bit_length() - 1) if device.type == "cpu" else batch,
     )
@@ -63,10 +67,10 @@ class LowRankAttention(torch.autograd.Function):
 
     Args of ``apply``:
         x: (B, C, H, W).
-        W_q, W_k: (C', C), the weights of query and key.
-        gain, shift: (2C',), the affine map of Q and K, in this order; after normalisation where `eps` is given.
-        W_v: (C, C), the weight of value.
-        gain_v, shift_v: (C,), the affine map of E, likewise.
+        W_q, gain_q, shift_q: (C', C), (C',) and (C',): query's weight, and the affine map a channel that follows it;
+            with `eps` normalisation stands between the two.
+        W_k, gain_k: the same of key, whose shift no softmax sees.
+        W_v, gain_v, shift_v: (C, C), (C,) and (C,) of value, whose affine map and normalisation act on E.
         W_f, b_f: (C, C) and (C,) of `fuse`; None with one group.
         alpha: scalar gate; None: O alone is wanted.
         groups, landmarks, floor: as in `CSALR`, whose `self_attention_floor` the last is.
@@ -75,8 +79,8 @@ class LowRankAttention(torch.autograd.Function):
         dtype: of products over n positions; what has m rows is in fp32 at least.
 
     Returns:
-        ``x + alpha O``, or O, (B, C, H, W); the mean over positions of x * O, (B, C), or None; mean and biased variance
-        over the batch of Q and K, (2C',), and of E, (C,), or None.
+        ``x + alpha O``, or O, (B, C, H, W); the mean over positions of x * O, (B, C), or None; and a mean and a biased
+        variance over the batch for Q, K, (C',), and E, (C,), or None.
     """
 
     @staticmethod
@@ -84,9 +88,10 @@ class LowRankAttention(torch.autograd.Function):
         ctx: Any,
         x: Tensor,
         W_q: Tensor,
+        gain_q: Tensor,
+        shift_q: Tensor,
         W_k: Tensor,
-        gain: Tensor,
-        shift: Tensor,
+        gain_k: Tensor,
         W_v: Tensor,
         gain_v: Tensor,
         shift_v: Tensor,
@@ -106,40 +111,43 @@ class LowRankAttention(torch.autograd.Function):
             B, C, n = X.shape
             grid = LandmarkGrid(x.shape[2], x.shape[3], landmarks, x.device)
             way = plan(B, C, n, grid.m, groups, x.device)
-            QK = project(X, W_q, W_k, dtype, way)  # B, 2C', n
-            normal = Normalisation.over(QK.split(way.images), gain, shift, eps)
-            marks = Landmarks.of(QK, normal, grid, groups)
-            gathered = gather(X, QK, marks, W_v, way)  # B, groups, m, C or c
+            Q, K = (project(X, W, dtype, way) for W in (W_q, W_k))  # B, C', n
+            normal_q = Normalisation.over([Q[part] for part in parts(B, way)], gain_q, shift_q, eps)
+            normal_k = Normalisation.over([K[part] for part in parts(B, way)], gain_k, torch.zeros_like(gain_k), eps)
+            marks = Landmarks.of(Q, K, normal_q, normal_k, grid, groups)
+            V = None if way.at_landmarks else project(X, W_v, dtype, way)  # B, C, n
+            gathered = gather(X if V is None else V, K, marks, way)  # B, groups, m, C or c
             E = values(gathered, W_v, way)  # B, groups, m, c
             normal_v = Normalisation.over([E.mT.flatten(1, 2)], gain_v, shift_v, eps)
             inverse = inverse_of_dominant(raise_diagonal(marks.S_mm, floor))  # B, groups, m, m
             Z = inverse @ normal_v.apply(E)  # B, groups, m, c
             source = spread_source(Z, W_f, b_f, dtype, way)  # B, groups, m, C or c
-            at_once = alpha is not None and not pooled and way.at_landmarks and x.dtype == dtype  # with the gate
-            if at_once and alpha is not None:
-                source = source * alpha.to(dtype)
             out = torch.empty_like(x, dtype=torch.promote_types(x.dtype, dtype))
             mean = X.new_empty((B, C), dtype=E.dtype) if pooled else None
+            gated = alpha is not None and not pooled and way.at_landmarks and x.dtype == dtype
+            scaled = source * alpha.to(dtype) if alpha is not None and gated else source
             for part in parts(B, way):
-                A = positions_to_landmarks(QK[part], marks, part)
+                A = positions_to_landmarks(Q, marks, part)
                 add_membership(A, grid)
-                if at_once:
-                    rows, target = source[part].flatten(1, 2), out[part].flatten(2)
-                    torch.baddbmm(X[part].to(dtype), rows.mT, A.flatten(1, 2), out=target)
+                if gated:  # product, gate and residual in one
+                    target = out[part].flatten(2)
+                    torch.baddbmm(X[part], scaled[part].flatten(1, 2).mT, A.flatten(1, 2), out=target)
                     continue
-                attended = spread(A, source[part], W_f, b_f, way)[0]  # b, C, n
+                attended, _ = spread(A, source[part], W_f, b_f, way)  # b, C, n
                 if mean is not None:
                     mean[part] = torch.linalg.vecdot(X[part].to(dtype), attended) / n
                 if alpha is None:
                     out[part].flatten(2).copy_(attended)
                 else:
                     torch.addcmul(X[part], attended, alpha, out=out[part].flatten(2))
-        statistics = normal.mean, normal.variance, normal_v.mean, normal_v.variance
+        statistics = [one for normal in (normal_q, normal_k, normal_v) for one in (normal.mean, normal.variance)]
+        kept_gathered = (gathered if V is None else V) if way.keeps_gathered else None
         ctx.save_for_backward(
-            *(x, W_q, W_k, gain, shift, W_v, gain_v, shift_v, W_f, b_f, alpha, *statistics, inverse),
-            QK if way.keeps_projections else None,
-            gathered if way.keeps_gathered else None,
+            *(x, W_q, gain_q, shift_q, W_k, gain_k, W_v, gain_v, shift_v, W_f, b_f, alpha, *statistics, inverse),
+            *((Q, K) if way.keeps_projections else (None, None)),
+            kept_gathered,
             E if way.keeps_values else None,
+            source if way.keeps_fused else None,
         )
         ctx.settings = grid, way, groups, floor, eps, dtype
         ctx.mark_non_differentiable(*(one for one in statistics if one is not None))
@@ -149,35 +157,36 @@ class LowRankAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor, grad_mean: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
         """From the gradients of the two outputs to those of x and of each parameter."""
-        x, W_q, W_k, gain, shift, W_v, gain_v, shift_v, W_f, b_f, alpha, *others = ctx.saved_tensors
-        mean_qk, var_qk, mean_e, var_e, inverse, QK, gathered, E = others
+        x, W_q, gain_q, shift_q, W_k, gain_k, W_v, gain_v, shift_v, W_f, b_f, alpha, *others = ctx.saved_tensors
+        mean_q, variance_q, mean_k, variance_k, mean_e, variance_e, inverse, Q, K, gathered, E, source = others
         grid, way, groups, floor, eps, dtype = ctx.settings
         with no_autocast(x):
             X = x.flatten(2)  # B, C, n
             B, _, n = X.shape
-            if QK is None:
-                QK = project(X, W_q, W_k, dtype, way)
-            normal = Normalisation(gain, shift, mean_qk, var_qk, eps, B * n)
-            normal_v = Normalisation(gain_v, shift_v, mean_e, var_e, eps, B * grid.m)
-            marks = Landmarks.of(QK, normal, grid, groups)
-            if gathered is None and way.at_landmarks:
-                gathered = gather(X, QK, marks, W_v, way)
+            if Q is None:
+                Q, K = (project(X, W, dtype, way) for W in (W_q, W_k))
+            normal_q = Normalisation(gain_q, shift_q, mean_q, variance_q, eps, B * n)
+            normal_k = Normalisation(gain_k, torch.zeros_like(gain_k), mean_k, variance_k, eps, B * n)
+            normal_v = Normalisation(gain_v, shift_v, mean_e, variance_e, eps, B * grid.m)
+            marks = Landmarks.of(Q, K, normal_q, normal_k, grid, groups)
+            V = None if way.at_landmarks else gathered  # see Plan.keeps_gathered
+            if gathered is None:
+                gathered = gather(X, K, marks, way)
             if E is None:
                 E = values(gathered, W_v, way)
-            E_normal = normal_v.apply(E)
-            Z = inverse @ E_normal
-            source = spread_source(Z, W_f, b_f, dtype, way)
+            Z = inverse @ normal_v.apply(E)
+            if source is None:
+                source = spread_source(Z, W_f, b_f, dtype, way)
 
-            # Eq. 17 from the left: gate, mean and residual, fuse, A_nm.
-            d_x = torch.empty_like(X, dtype=dtype)
+            # Eq. 17 from the left: residual and gate, the mean, fuse, A_nm.
+            d_x, d_Q, d_K = (torch.empty_like(one, dtype=dtype) for one in (X, Q, K))
             d_O = torch.empty_like(X[: way.images], dtype=dtype)
-            d_QK = torch.empty_like(QK)
             d_source = torch.empty_like(source, dtype=Z.dtype)
             d_for_queries, d_bias = torch.empty_like(marks.for_queries), torch.empty_like(marks.bias)
             d_alpha, d_W_f, d_b_f = (None if one is None else torch.zeros_like(one) for one in (alpha, W_f, b_f))
             for part in parts(B, way):
                 G = grad_out[part].flatten(2).to(dtype)  # b, C, n
-                A = positions_to_landmarks(QK[part], marks, part)
+                A = positions_to_landmarks(Q, marks, part)
                 S_own = add_membership(A, grid)
                 attended, U = spread(A, source[part], W_f, b_f, way)
                 d_O = d_O[: len(G)]
@@ -197,17 +206,16 @@ class LowRankAttention(torch.autograd.Function):
                     accumulate(d_W_f, d_O, U)
                     d_b_f += d_O.sum((0, 2))
                     d_U = split(times(W_f.to(dtype).mT, d_O), groups)  # b, groups, c, n
-                    d_A = source[part] @ d_U  # b, groups, m, n
-                    d_source[part] = A @ d_U.mT  # b, groups, m, c
                 else:
-                    d_A = (source[part].flatten(1, 2) @ d_O).view_as(A)  # b, groups, m, n
-                    d_source[part] = split(A.flatten(1, 2) @ d_O.mT, groups)  # b, groups, m, C
+                    d_U = d_O if way.at_landmarks else split(d_O, groups)
+                rows = source[part].flatten(1, 2) if way.at_landmarks else source[part]  # b, (groups) m, C or c
+                A_rows = A.flatten(1, 2) if way.at_landmarks else A
+                d_A = (rows @ d_U).view_as(A)
+                d_source[part] = (A_rows @ d_U.mT).view_as(source[part])
                 remove_membership(A, S_own, grid)
                 d_logits = softmax_backward(d_A, A, 2)  # b, groups, m, n
-                Q, _K = halves(QK[part], groups)
-                d_Q, _d_K = halves(d_QK[part], groups)
-                d_Q.copy_(marks.for_queries[part].to(dtype) @ d_logits)
-                d_for_queries[part] = Q @ d_logits.mT
+                times_into(d_Q[part], marks.for_queries[part].to(dtype), d_logits)
+                d_for_queries[part] = split(Q[part], groups) @ d_logits.mT
                 d_bias[part] = d_logits.sum(3)[:, :, None]
 
             # What has m rows: fuse, the inverse of Eq. 16, the normalisation of E, value.
@@ -221,44 +229,50 @@ class LowRankAttention(torch.autograd.Function):
             if way.at_landmarks:
                 d_gathered, d_W_v = values_backward(d_E, gathered, W_v, dtype)
             else:
-                d_gathered, d_W_v = d_E, torch.zeros_like(W_v)
+                d_gathered, d_W_v = d_E.to(dtype), torch.zeros_like(W_v)
 
             # S_mn of Eq. 13.
-            d_gathered = d_gathered.to(dtype)
             d_for_keys = torch.empty_like(marks.for_keys)
             for part in parts(B, way):
-                S_mn = landmarks_to_positions(QK[part], marks, part)
-                if way.at_landmarks:
+                S_mn = landmarks_to_positions(K, marks, part)
+                if V is None:
                     rows = d_gathered[part].flatten(1, 2)  # b, groups m, C
                     d_S_mn = (rows @ X[part].to(dtype)).view_as(S_mn)
                     d_x[part].baddbmm_(rows.mT, S_mn.flatten(1, 2))
                 else:
-                    V = split(times(W_v.to(dtype), X[part].to(dtype)), groups)  # b, groups, c, n
-                    d_S_mn = d_gathered[part] @ V
+                    d_S_mn = d_gathered[part] @ split(V[part], groups)
                     d_V = (d_gathered[part].mT @ S_mn).flatten(1, 2)  # b, C, n
                     accumulate(d_W_v, d_V, X[part].to(dtype))
                     d_x[part].baddbmm_(expand(W_v.to(dtype).mT, d_V), d_V)
                 d_logits = softmax_backward(d_S_mn, S_mn, 3)  # b, groups, m, n
-                _Q, K = halves(QK[part], groups)
-                _d_Q, d_K = halves(d_QK[part], groups)
-                d_K.copy_(marks.for_keys[part].to(dtype) @ d_logits)
-                d_for_keys[part] = K @ d_logits.mT
+                times_into(d_K[part], marks.for_keys[part].to(dtype), d_logits)
+                d_for_keys[part] = split(K[part], groups) @ d_logits.mT
 
             # Q and K.
-            d_pooled, d_scale, d_offset = marks.backward(normal, d_for_keys, d_for_queries, d_bias, d_S_mm)
-            d_gain, d_shift, slope, constant = normal.backward_parameters(d_scale, d_offset)
-            W_qk = torch.cat([W_q, W_k])
-            d_W_qk = torch.zeros_like(W_qk)
+            d_pooled_q, d_pooled_k, d_scale_q, d_offset_q, d_scale_k = marks.backward(
+                normal_q, normal_k, d_for_keys, d_for_queries, d_bias, d_S_mm
+            )
+            d_gain_q, d_shift_q, slope_q, constant_q = normal_q.backward_parameters(d_scale_q, d_offset_q)
+            d_gain_k, _no_shift, slope_k, constant_k = normal_k.backward_parameters(
+                d_scale_k, torch.zeros_like(d_scale_k)
+            )
+            d_W_q, d_W_k = torch.zeros_like(W_q), torch.zeros_like(W_k)
+            sides = (
+                (W_q, d_W_q, Q, d_Q, d_pooled_q, slope_q, constant_q),
+                (W_k, d_W_k, K, d_K, d_pooled_k, slope_k, constant_k),
+            )
             for part in parts(B, way):
-                d_QK[part] += grid.pool_backward(d_pooled[part]).to(dtype)
-                if slope is not None and constant is not None:
-                    d_QK[part].addcmul_(QK[part], slope.to(dtype)[:, None]).add_(constant.to(dtype)[:, None])
-                accumulate(d_W_qk, d_QK[part], X[part].to(dtype))
-                d_x[part].baddbmm_(expand(W_qk.to(dtype).mT, d_x[part]), d_QK[part])
-            d_W_q, d_W_k = d_W_qk.split(len(W_q))
+                for W, d_W, features, d_features, d_pooled, slope, constant in sides:
+                    d_part, d_means = d_features[part], d_pooled[part]
+                    if slope is not None and constant is not None:
+                        d_part.addcmul_(features[part], slope.to(dtype)[:, None])
+                        d_means = d_means + grid.sizes().flatten() * constant[:, None]
+                    d_part += grid.pool_backward(d_means).to(dtype)
+                    accumulate(d_W, d_part, X[part].to(dtype))
+                    d_x[part].baddbmm_(expand(W.to(dtype).mT, d_part), d_part)
         d_x = d_x.to(x.dtype).view_as(x)
         return (
-            *(d_x, d_W_q, d_W_k, d_gain, d_shift, d_W_v, d_gain_v, d_shift_v, d_W_f, d_b_f, d_alpha),
+            *(d_x, d_W_q, d_gain_q, d_shift_q, d_W_k, d_gain_k, d_W_v, d_gain_v, d_shift_v, d_W_f, d_b_f, d_alpha),
             *(None,) * 6,
         )
 
@@ -301,6 +315,13 @@ class Normalisation:
         variance = (torch.cat(squares) + positions * (each - mean).square()).sum(0) / count
         return cls(gain, shift, mean, variance, eps, count)
 
+    def largest(self, features: Tensor) -> Tensor:
+        """A bound on the size of any normalised feature, from the raw ones, of any shape: scalar."""
+        if self.inverse_deviation is not None:  # none is further from the mean of N than sqrt(N) deviations
+            return (self.count**0.5 * self.gain.abs() + self.shift.abs()).amax()
+        low, high = torch.aminmax(features)
+        return (torch.maximum(-low, high).to(self.scale.dtype) * self.scale.abs() + self.offset.abs()).amax()
+
     def apply(self, E: Tensor) -> Tensor:
         """(B, groups, m, c), whose channels are groups x c -> the same shape."""
         scale, offset = (one.view(E.shape[1], 1, -1) for one in (self.scale, self.offset))  # groups, 1, c
@@ -319,8 +340,8 @@ class Normalisation:
     def backward_parameters(
         self, d_scale: Tensor, d_offset: Tensor
     ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-        """Gradients of gain and shift, and (slope, constant): ``slope * features + constant`` is what the features'
-        gradient gets through mean and variance. All (channels,)."""
+        """Gradients of gain and shift, and (slope, constant): what each feature's gradient gets through mean and
+        variance is ``slope * feature + constant``. All (channels,)."""
         if self.inverse_deviation is None or self.mean is None:
             return d_scale, d_offset, None, None
         d_scale = d_scale - d_offset * self.mean  # offset = shift - scale * mean
@@ -331,96 +352,79 @@ class Normalisation:
 
 
 class Landmarks(NamedTuple):
-    """What is computed from the patch means of Q and K; in fp32 at least."""
+    """What is computed from the patch means of Q and K; (B, groups, C'/groups, m) and in fp32 at least."""
 
-    pooled: Tensor  # of raw Q and K, (B, 2C', m)
-    Q: Tensor  # Q', normalised, (B, groups, C'/groups, m)
+    pooled_q: Tensor  # of raw Q
+    pooled_k: Tensor
+    Q: Tensor  # Q', normalised
     K: Tensor  # K', normalised but for the shift, which no softmax sees
-    for_keys: Tensor  # times raw K: the logits of S_mn; (B, groups, C'/groups, m)
+    for_keys: Tensor  # times raw K: the logits of S_mn
     for_queries: Tensor  # times raw Q, plus `bias`: the logits of S_nm
     bias: Tensor  # (B, groups, 1, m)
     S_mm: Tensor  # (B, groups, m, m)
-    guard: Tensor  # scalar, see `logit_guard`
+    guard: Tensor  # scalar, 1 in any sane network: keeps logits within fp32
 
     @classmethod
-    def of(cls, QK: Tensor, normal: Normalisation, grid: LandmarkGrid, groups: int) -> Landmarks:
-        """From raw Q and K, (B, 2C', n)."""
-        pooled = grid.pool(QK).to(normal.scale.dtype)  # B, 2C', m
-        Q, K = halves(pooled, groups)
-        q_scale, k_scale = halves(normal.scale[None, :, None], groups)  # 1, groups, C'/groups, 1
-        q_offset, _ = halves(normal.offset[None, :, None], groups)
-        guard = logit_guard(QK, normal)
-        Q = Q * q_scale + q_offset
-        K = K * k_scale * guard
-        return cls(
-            *(pooled, Q, K, Q * k_scale * guard, K * q_scale, (K * q_offset).sum(2, keepdim=True)),
-            (Q.mT @ K).softmax(-1),
-            guard,
-        )
+    def of(
+        cls, Q: Tensor, K: Tensor, normal_q: Normalisation, normal_k: Normalisation, grid: LandmarkGrid, groups: int
+    ) -> Landmarks:
+        """From raw Q and K, (B, C', n).
+
+        The guard is below 1 only beyond 1e17, where a softmax is a hard maximum in any precision.
+        """
+        limit = 1e17
+        guard = (limit / normal_q.largest(Q).clamp(min=limit)) * (limit / normal_k.largest(K).clamp(min=limit))
+        pooled_q, pooled_k = (split(grid.pool(one).to(guard.dtype), groups) for one in (Q, K))
+        scale_q, offset_q, scale_k = per_group(groups, normal_q.scale, normal_q.offset, normal_k.scale)
+        Q = pooled_q * scale_q + offset_q
+        K = pooled_k * scale_k * guard
+        bias = (K * offset_q).sum(2, keepdim=True)
+        S_mm = (Q.mT @ K).softmax(3)
+        return cls(pooled_q, pooled_k, Q, K, Q * scale_k * guard, K * scale_q, bias, S_mm, guard)
 
     def backward(
-        self, normal: Normalisation, d_for_keys: Tensor, d_for_queries: Tensor, d_bias: Tensor, d_S_mm: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Gradients of `pooled`, (B, 2C', m), and of the scale and the offset of Q and K, (2C',)."""
-        groups = self.Q.shape[1]
-        q_scale, k_scale = halves(normal.scale[None, :, None], groups)  # 1, groups, C'/groups, 1
-        q_offset, _ = halves(normal.offset[None, :, None], groups)
-        q_pooled, k_pooled = halves(self.pooled, groups)
+        self,
+        normal_q: Normalisation,
+        normal_k: Normalisation,
+        d_for_keys: Tensor,
+        d_for_queries: Tensor,
+        d_bias: Tensor,
+        d_S_mm: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Gradients of pooled Q and K, (B, C', m), and of Q's scale and offset and K's scale, (C',)."""
+        scale_q, offset_q, scale_k = per_group(self.Q.shape[1], normal_q.scale, normal_q.offset, normal_k.scale)
         d_logits = softmax_backward(d_S_mm, self.S_mm, 3)
-        d_Q = self.K @ d_logits.mT + d_for_keys * k_scale * self.guard
-        d_K = self.Q @ d_logits + d_for_queries * q_scale + d_bias * q_offset
-        d_K = d_K * self.guard
-        over = (0, 3)
-        d_scale = torch.stack(
-            [
-                (d_for_queries * self.K + d_Q * q_pooled).sum(over),
-                (d_for_keys * self.Q * self.guard + d_K * k_pooled).sum(over),
-            ]
-        ).flatten()
-        d_offset = ((d_bias * self.K) + d_Q).sum(over).flatten()
-        d_pooled = torch.cat([(d_Q * q_scale).flatten(1, 2), (d_K * k_scale).flatten(1, 2)], dim=1)
-        return d_pooled, d_scale, torch.cat([d_offset, torch.zeros_like(d_offset)])
-
-
-def logit_guard(QK: Tensor, normal: Normalisation) -> Tensor:
-    """A factor for one side of each dot product so that no logit overflows fp32; exactly 1 in any sane network.
-
-    It is below 1 only beyond 1e17, where a softmax is a hard maximum in any precision.
-    """
-    limit = 1e17
-    if normal.inverse_deviation is None:
-        low, high = torch.aminmax(QK)
-        largest = torch.maximum(-low, high).to(normal.scale.dtype) * normal.scale.abs() + normal.offset.abs()
-    else:  # no value is further from the mean of N than sqrt(N) standard deviations
-        largest = normal.count**0.5 * normal.gain.abs() + normal.shift.abs()
-    q, k = largest.view(2, -1).amax(1).clamp(min=limit)
-    return (limit / q) * (limit / k)
+        d_Q = self.K @ d_logits.mT + d_for_keys * scale_k * self.guard
+        d_K = (self.Q @ d_logits + d_for_queries * scale_q + d_bias * offset_q) * self.guard
+        d_scale_q = (d_for_queries * self.K + d_Q * self.pooled_q).sum((0, 3)).flatten()
+        d_scale_k = (d_for_keys * self.Q * self.guard + d_K * self.pooled_k).sum((0, 3)).flatten()
+        d_offset_q = (d_bias * self.K + d_Q).sum((0, 3)).flatten()
+        return (d_Q * scale_q).flatten(1, 2), (d_K * scale_k).flatten(1, 2), d_scale_q, d_offset_q, d_scale_k
 
 
 # n positions
 
 
-def project(X: Tensor, W_q: Tensor, W_k: Tensor, dtype: torch.dtype, way: Plan) -> Tensor:
-    """Q and K before bias and normalisation: (B, C, n) -> (B, 2C', n)."""
-    W_qk = torch.cat([W_q, W_k]).to(dtype)
-    QK = X.new_empty(len(X), len(W_qk), X.shape[2], dtype=dtype)
+def project(X: Tensor, W: Tensor, dtype: torch.dtype, way: Plan) -> Tensor:
+    """A projection before bias and normalisation: (B, C, n) -> (B, C_out, n)."""
+    projected = X.new_empty(len(X), len(W), X.shape[2], dtype=dtype)
+    W = W.to(dtype)
     for part in parts(len(X), way):
-        torch.bmm(expand(W_qk, X[part]), X[part].to(dtype), out=QK[part])
-    return QK
+        torch.bmm(expand(W, X[part]), X[part].to(dtype), out=projected[part])
+    return projected
 
 
-def positions_to_landmarks(QK: Tensor, marks: Landmarks, part: slice) -> Tensor:
-    """Eq. 15 without P, transposed: (b, groups, m, n), whose columns sum to 1."""
-    Q, _ = halves(QK, marks.Q.shape[1])
-    bias, for_queries = (one[part].to(QK.dtype).flatten(0, 1) for one in (marks.bias, marks.for_queries))
-    logits = torch.baddbmm(bias.mT, for_queries.mT, Q.flatten(0, 1))  # b groups, m, n
-    return logits.softmax(1).view(*Q.shape[:2], -1, Q.shape[3])
+def positions_to_landmarks(Q: Tensor, marks: Landmarks, part: slice) -> Tensor:
+    """S_nm of Eq. 15, transposed: (b, groups, m, n), whose columns sum to 1."""
+    bias, factor = (one[part].to(Q.dtype).flatten(0, 1).mT for one in (marks.bias, marks.for_queries))
+    groups = marks.Q.shape[1]
+    logits = torch.baddbmm(bias, factor, split(Q[part], groups).flatten(0, 1))  # b groups, m, n
+    return logits.softmax(1).view(-1, groups, *logits.shape[1:])
 
 
-def landmarks_to_positions(QK: Tensor, marks: Landmarks, part: slice) -> Tensor:
-    """Eq. 13: (b, groups, m, n), whose rows sum to 1."""
-    _, K = halves(QK, marks.Q.shape[1])
-    return (marks.for_keys[part].to(QK.dtype).mT @ K).softmax(3)
+def landmarks_to_positions(K: Tensor, marks: Landmarks, part: slice) -> Tensor:
+    """S_mn of Eq. 13: (b, groups, m, n), whose rows sum to 1."""
+    return (marks.for_keys[part].to(K.dtype).mT @ split(K[part], marks.Q.shape[1])).softmax(3)
 
 
 def add_membership(S_nm: Tensor, grid: LandmarkGrid) -> Tensor:
@@ -436,17 +440,15 @@ def remove_membership(A_nm: Tensor, own: Tensor, grid: LandmarkGrid) -> None:
     A_nm.scatter_(2, grid.landmark_of().expand(*A_nm.shape[:2], 1, -1), own)
 
 
-def gather(X: Tensor, QK: Tensor, marks: Landmarks, W_v: Tensor, way: Plan) -> Tensor:
-    """S_mn X^T, (B, groups, m, C), or, where `value` acts on positions, E of it, (B, groups, m, c)."""
-    groups, dtype, collected = marks.Q.shape[1], QK.dtype, []
-    for part in parts(len(X), way):
-        S_mn = landmarks_to_positions(QK[part], marks, part)
+def gather(features: Tensor, K: Tensor, marks: Landmarks, way: Plan) -> Tensor:
+    """S_mn X^T, (B, groups, m, C), from X; or, where `value` acts on positions, E, (B, groups, m, c), from V."""
+    groups, collected = marks.Q.shape[1], []
+    for part in parts(len(features), way):
+        S_mn = landmarks_to_positions(K, marks, part)
         if way.at_landmarks:
-            rows = S_mn.flatten(1, 2) @ X[part].to(dtype).mT  # b, groups m, C
-            collected.append(rows.unflatten(1, (groups, -1)))
+            collected.append(split(S_mn.flatten(1, 2) @ features[part].to(K.dtype).mT, groups))
         else:
-            V = split(times(W_v.to(dtype), X[part].to(dtype)), groups)  # b, groups, c, n
-            collected.append((S_mn @ V.mT).to(marks.Q.dtype))  # b, groups, m, c
+            collected.append((S_mn @ split(features[part], groups).mT).to(marks.Q.dtype))
     return torch.cat(collected)
 
 
@@ -483,14 +485,19 @@ def values_backward(d_E: Tensor, gathered: Tensor, W_v: Tensor, dtype: torch.dty
     return d_gathered, torch.cat(d_W_v).to(W_v.dtype)
 
 
-def spread_source(Z: Tensor, W_f: Tensor | None, b_f: Tensor | None, dtype: torch.dtype, way: Plan) -> Tensor:
-    """What A_nm spreads: Z, (B, groups, m, c), or Z fused a group, (B, groups, m, C)."""
+def spread_source(
+    Z: Tensor, W_f: Tensor | None, b_f: Tensor | None, dtype: torch.dtype, way: Plan, total: int = 2
+) -> Tensor:
+    """What A_nm spreads: Z, (B, groups, m, c), or Z fused a group, (B, groups, m, C).
+
+    Each group's rows of A_nm = S_nm + P have the sum `total`.
+    """
     if not way.at_landmarks or W_f is None or b_f is None:
         return Z.to(dtype)
     groups = Z.shape[1]
     heads = W_f.to(dtype).chunk(groups, dim=1)  # C, c each
     fused = torch.stack([rows @ head.mT for rows, head in zip(Z.to(dtype).unbind(1), heads, strict=True)], 1)
-    return fused + b_f.to(dtype) / (2 * groups)  # each group's rows of S_nm + P sum to 2
+    return fused + b_f.to(dtype) / (total * groups)
 
 
 def fuse_backward(d_source: Tensor, Z: Tensor, W_f: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
@@ -555,15 +562,14 @@ def parts(batch: int, way: Plan) -> Iterator[slice]:
         yield slice(start, start + way.images)
 
 
-def halves(QK: Tensor, groups: int) -> tuple[Tensor, Tensor]:
-    """Q's and K's share of (b, 2C', any), in groups: two of (b, groups, C'/groups, any)."""
-    Q, K = QK.chunk(2, dim=1)
-    return split(Q, groups), split(K, groups)
-
-
 def split(features: Tensor, groups: int) -> Tensor:
     """(b, C, any) -> (b, groups, C/groups, any)."""
     return features.unflatten(1, (groups, -1))  # type: ignore[no-untyped-call]
+
+
+def per_group(groups: int, *vectors: Tensor) -> Iterator[Tensor]:
+    """(C',) each -> (groups, C'/groups, 1) each."""
+    return (vector.view(groups, -1, 1) for vector in vectors)
 
 
 def expand(weight: Tensor, like: Tensor) -> Tensor:
@@ -574,6 +580,11 @@ def expand(weight: Tensor, like: Tensor) -> Tensor:
 def times(weight: Tensor, features: Tensor) -> Tensor:
     """A 1x1 convolution: (C_out, C), (b, C, n) -> (b, C_out, n)."""
     return torch.bmm(expand(weight, features), features)
+
+
+def times_into(target: Tensor, left: Tensor, right: Tensor) -> None:
+    """Write ``left right`` a group to (b, C', n): (b, groups, C'/groups, m), (b, groups, m, n)."""
+    torch.bmm(left.flatten(0, 1), right.flatten(0, 1), out=target.view(-1, left.shape[2], right.shape[3]))
 
 
 def accumulate(total: Tensor, left: Tensor, right: Tensor) -> None:
