@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from csalr_plugin.attention import ATTENTION_NAMES, AttentionBlock, LandmarkGrid, build_attention
+from csalr_plugin.attention import ATTENTION_NAMES, AttentionBlock, LandmarkGrid, build_attention, low_rank
 from csalr_plugin.errors import UserError
 
 CHANNELS = 64
@@ -98,6 +99,29 @@ def test_each_block_equals_its_equations_to_1e_5_in_float32_and_1e_10_in_float64
     assert got.dtype is dtype and got.shape == x.shape
     assert relative_error(got, attended) <= TOLERANCE[dtype]
     assert relative_error(output, reference.gated(block, x, attended)) <= TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("groups", [1, 2])
+def test_every_way_to_evaluate_csalr_gives_the_same_output_statistics_and_gradients(
+    groups: int, training: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x = feature_map(12, 5, batch=3)
+    wanted: dict[str, Tensor] = {}
+    for at_landmarks, kept, images in itertools.product([True, False], [True, False], [1, 2, 3]):
+        way = low_rank.Plan(at_landmarks, kept, kept, kept, kept and at_landmarks and groups > 1, images)
+        monkeypatch.setattr(low_rank, "plan", lambda *_, way=way: way)
+        block = trained("csalr", groups).train(training)
+        given = x.clone().requires_grad_()
+        output, pooled = block.supervised(given)
+        generator = torch.Generator().manual_seed(3)
+        (output * torch.randn(output.shape, generator=generator, dtype=output.dtype)).sum().backward(retain_graph=True)
+        pooled.square().sum().backward()
+        got = {"output": output, "pooled": pooled, "x": given.grad, **dict(block.named_buffers())}
+        got |= {name: parameter.grad for name, parameter in block.named_parameters()}
+        wanted = wanted or got
+        for name, value in wanted.items():
+            torch.testing.assert_close(got[name], value, rtol=1e-9, atol=1e-11, msg=lambda text, name=name: name + text)
 
 
 @pytest.mark.parametrize("landmarks", [(6, 4), (12, 4), (12, 8), (24, 8)], ids=str)
@@ -209,6 +233,52 @@ def test_gradients_pass_gradcheck_with_the_normalisation_of_training(name: str) 
     block = trained(name, landmarks=(2, 2), channels=16).train()
     x = feature_map(4, 3, channels=16).requires_grad_()
     assert torch.autograd.gradcheck(block.attend, (x,), fast_mode=True)
+
+
+@pytest.mark.parametrize(("name", "groups"), [("sa", 1), ("csa", 2), ("csalr", 1), ("csalr", 2), ("csalr", 4)])
+def test_what_a_supervised_network_trains_on_passes_gradcheck(name: str, groups: int) -> None:
+    block = trained(name, groups, landmarks=(2, 2), channels=16).train()
+    parameters = dict(block.named_parameters())
+
+    def outputs(x: Tensor, *values: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.func.functional_call(_Supervised(block), dict(zip(names, values, strict=True)), (x,))
+
+    names = [f"block.{name}" for name in parameters]
+    x = feature_map(4, 3, channels=16).requires_grad_()
+    assert torch.autograd.gradcheck(outputs, (x, *parameters.values()), fast_mode=True)
+
+
+class _Supervised(nn.Module):
+    """`functional_call` calls a module's forward."""
+
+    def __init__(self, block: AttentionBlock) -> None:
+        super().__init__()
+        self.block = block
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.block.supervised(x)
+
+
+@pytest.mark.parametrize(("name", "groups"), NAMES_AND_GROUPS)
+@pytest.mark.parametrize("training", [True, False])
+def test_supervised_is_the_block_and_the_mean_of_stage_output_times_attention(
+    name: str, groups: int, training: bool
+) -> None:
+    block = trained(name, groups).train(training)
+    x = feature_map(13, 7)
+    with torch.no_grad():
+        output, pooled = block.supervised(x)
+        torch.testing.assert_close(output, block(x), rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(pooled, (x * block.attend(x)).mean((2, 3)), rtol=1e-10, atol=1e-12)
+
+
+def test_gradients_of_csalr_pass_gradcheck_where_self_attention_is_raised_to_its_floor() -> None:
+    block = trained("csalr", groups=1, landmarks=(2, 2), channels=16).fold()
+    x = feature_map(4, 3, batch=1, channels=16)
+    with torch.no_grad():
+        block.query.weight.mul_(60)
+    assert reference.smallest_self_attention(block, x, 1, (2, 2)) < 1e-3
+    assert torch.autograd.gradcheck(block.attend, (x.requires_grad_(),))
 
 
 @pytest.mark.parametrize("name", ATTENTION_NAMES)

@@ -85,11 +85,39 @@ def test_kept_bytes_without_data_are_those_of_a_cpu_and_the_model_stays_as_it_is
     assert kept == count_kept_bytes(model.to("meta"), 64, 32, batch_size=2)
 
 
-def test_pcb_keeps_95_mb_an_image_and_takes_6_08_gmacs_at_384x128() -> None:
+@pytest.fixture(scope="module")
+def pcb_cost() -> tuple[float, float]:
+    """Kept bytes and GMACs an image of PCB at 384x128."""
+    return cost_of("pcb")
+
+
+def cost_of(name: str, groups: int = 2) -> tuple[float, float]:
     with torch.device("meta"):
-        model = build_model("pcb", 751, pretrained=False)
-    assert count_kept_bytes(model, 384, 128) == pytest.approx(95.0e6, rel=0.01)
-    assert count_gmacs(model, 384, 128) == pytest.approx(6.08, rel=0.01)
+        model = build_model(name, 751, pretrained=False, groups=groups)
+    return count_kept_bytes(model, 384, 128), count_gmacs(model, 384, 128)
+
+
+def test_pcb_keeps_95_mb_an_image_and_takes_6_08_gmacs_at_384x128(pcb_cost: tuple[float, float]) -> None:
+    assert pcb_cost == pytest.approx((95.0e6, 6.08), rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("name", "groups", "kept", "gmacs"),
+    [
+        ("pcb_csalr", 1, 0.08, 0.13),
+        ("pcb_csalr", 2, 0.10, 0.20),
+        ("pcb_csalr", 4, 0.14, 0.29),
+        ("pcb_csalr", 8, 0.16, 0.33),
+        ("pcb_csa", 2, 0.28, 0.17),
+        ("pcb_sa", 1, 0.30, 0.72),
+    ],
+)
+def test_attention_adds_no_more_memory_and_operations_to_pcb_than_this_share(
+    name: str, groups: int, kept: float, gmacs: float, pcb_cost: tuple[float, float]
+) -> None:
+    kept_of_model, operations = cost_of(name, groups)
+    assert kept_of_model <= pcb_cost[0] * (1 + kept)
+    assert operations <= pcb_cost[1] * (1 + gmacs)
 
 
 def test_csalr_keeps_memory_that_grows_linearly_with_the_positions() -> None:

@@ -169,11 +169,13 @@ class LowRankAttention(torch.autograd.Function):
             normal_k = Normalisation(gain_k, torch.zeros_like(gain_k), mean_k, variance_k, eps, B * n)
             normal_v = Normalisation(gain_v, shift_v, mean_e, variance_e, eps, B * grid.m)
             marks = Landmarks.of(Q, K, normal_q, normal_k, grid, groups)
-            V = None if way.at_landmarks else gathered  # see Plan.keeps_gathered
-            if gathered is None:
+            V = None
+            if not way.at_landmarks:
+                V = project(X, W_v, dtype, way) if gathered is None else gathered  # see Plan.keeps_gathered
+            elif gathered is None:
                 gathered = gather(X, K, marks, way)
             if E is None:
-                E = values(gathered, W_v, way)
+                E = values(gathered, W_v, way) if V is None else gather(V, K, marks, way)
             Z = inverse @ normal_v.apply(E)
             if source is None:
                 source = spread_source(Z, W_f, b_f, dtype, way)

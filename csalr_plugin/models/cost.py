@@ -27,8 +27,7 @@ def count_gmacs(model: nn.Module, height: int, width: int) -> float:
     """Multiply-accumulate operations of one image in eval mode, in units of 1e9.
 
     Every convolution, linear layer, matrix product (those inside attention included), linear solve and inverse is
-    counted;
-    element-wise operations are not.
+    counted; element-wise operations are not.
 
     Args:
         model: on any device; on "meta" nothing is computed.
