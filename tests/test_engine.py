@@ -393,7 +393,7 @@ def test_fp16_computes_the_loss_of_fp32_to_its_precision_and_the_triplet_loss_to
     assert got.pop("loss_scale") == 2**16
     assert set(got) == set(expected)
     for name in ("loss", "L_F", "triplet", "L_DS_stage3"):
-        assert got[name] == pytest.approx(expected[name], rel=2e-2), name
+        assert got[name] == pytest.approx(expected[name], rel=5e-2), name
     # Unscaled before they are clipped: the limit takes as much of the block's gradient as in fp32.
     blocks = [engine.network.attention["stage3"] for engine in (full, half)]
     norms = [torch.nn.utils.get_total_norm([p.grad for p in block.parameters()]).item() for block in blocks]

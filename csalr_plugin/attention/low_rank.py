@@ -444,14 +444,19 @@ def remove_membership(A_nm: Tensor, own: Tensor, grid: LandmarkGrid) -> None:
 
 def gather(features: Tensor, K: Tensor, marks: Landmarks, way: Plan) -> Tensor:
     """S_mn X^T, (B, groups, m, C), from X; or, where `value` acts on positions, E, (B, groups, m, c), from V."""
-    groups, collected = marks.Q.shape[1], []
-    for part in parts(len(features), way):
+    (B, groups, _, m), rows = marks.Q.shape, features.shape[1]
+    if way.at_landmarks:
+        gathered = features.new_empty(B, groups, m, rows, dtype=K.dtype)
+    else:
+        gathered = features.new_empty(B, groups, m, rows // groups, dtype=marks.Q.dtype)
+    for part in parts(B, way):
         S_mn = landmarks_to_positions(K, marks, part)
         if way.at_landmarks:
-            collected.append(split(S_mn.flatten(1, 2) @ features[part].to(K.dtype).mT, groups))
+            X = features[part].to(K.dtype)
+            torch.bmm(S_mn.flatten(1, 2), X.mT, out=gathered[part].flatten(1, 2))
         else:
-            collected.append((S_mn @ split(features[part], groups).mT).to(marks.Q.dtype))
-    return torch.cat(collected)
+            gathered[part] = S_mn @ split(features[part], groups).mT
+    return gathered
 
 
 def spread(
