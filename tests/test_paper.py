@@ -140,6 +140,8 @@ def test_the_smoke_of_every_table_ends_in_a_report_that_marks_each_number_and_fi
         assert 0 <= one["ours"] <= 100 and one["papers_settings"] is False and one["state"] == "1 seed"
         assert one["difference"] == pytest.approx(one["ours"] - one["paper"])
     assert all(one["ours"] is None for one in found.values() if one["state"] == "quoted")
+    measured = [one for key, one in found.items() if key[0] == "table5"]
+    assert all(one["state"] == "measured" and one["ours"] > 0 and not one["papers_settings"] for one in measured)
     assert len(list(out.glob("runs/*/seed1/result.json"))) == 16
     assert len(list(out.glob("figure4/market1501/pcb_csalr/*.png"))) == 3
     text, page = (out / "report.md").read_text(), (out / "report.html").read_text()

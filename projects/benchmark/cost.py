@@ -117,8 +117,8 @@ def run(options: argparse.Namespace) -> None:
     batch_size = options.batch_size or (2 if options.quick else 8)
     if batch_size < 2:
         raise UserError("--batch-size 1 is too small: batch norms train on 2 images at least.")
-    if min(height, width) < 32:
-        raise UserError(f"--height {height} --width {width}: a ResNet-50 needs 32 at least.")
+    if min(height, width) < 16:
+        raise UserError(f"--height {height} --width {width}: a ResNet-50 needs 16 at least.")
     settings = {"height": height, "width": width, "batch_size": batch_size, "rows": rows}
     results = Results(options.out, "cost", {**settings, "threads": options.threads, "device": options.device}, device)
     if len(results.rounds) < options.repeats:
@@ -322,10 +322,11 @@ def draw(results: Results) -> None:
             axis.plot(
                 values, [row for row, _ in marks], "kD", markersize=5, fillstyle="none", label="the paper, Table 5"
             )
-            axis.legend(loc="best", fontsize=8)
         axis.axvline(0, color="black", linewidth=0.8)
         axis.grid(axis="x", alpha=0.3)
         axis.set(title=title, xlabel="change from PCB, %")
+    if axes[0].get_legend_handles_labels()[0]:
+        axes[0].legend(loc="lower right", fontsize=8)
     axes[0].set_yticks(range(len(names)), [ROWS[name].label for name in names])
     axes[0].invert_yaxis()
     figure.savefig(results.path.with_suffix(".png"), dpi=120)

@@ -6,7 +6,6 @@ import argparse
 import contextlib
 import functools
 import hashlib
-import importlib.util
 import io
 import itertools
 import json
@@ -395,14 +394,11 @@ def _bench(options: Options) -> list[str]:
     rows = [row["bench"] for row in paper()["costs"]["rows"][1:]]
     words = ["bench", "cost", "--out", str((options.out / COST).parent), "--only", *rows]
     words += ["--height", str(data.height), "--width", str(data.width)]
-    return [*words, *(["--quick", "--repeats", "1"] if options.preset == "smoke" else [])]
+    return [*words, *(["--quick", "--repeats", "1", "--threads", "1"] if options.preset == "smoke" else [])]
 
 
 def _measure(options: Options) -> list[str]:
     """Measure Table 5 unless that is done; return why it is not done then."""
-    if importlib.util.find_spec("csalr_plugin.projects.benchmark.cost") is None:
-        print("Table 5 is not run: csalr bench cost is not there.")
-        return []
     if (options.out / COST).exists() and read_json(options.out / COST).get("summary"):
         return []
     import torch
@@ -579,7 +575,7 @@ def train(run: Run, progress: Any) -> str:
 def _last_line(log: Path, code: int) -> str:
     lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
     said = next((line for line in reversed(lines) if line.startswith("csalr: error: ")), "")
-    return said.removeprefix("csalr: error: ") or f"exit code {code}, see {log}"
+    return said.removeprefix("csalr: error: ").rstrip(".") or f"exit code {code}, see {log}"
 
 
 def _conclude(run: Run) -> str:
