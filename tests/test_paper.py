@@ -469,6 +469,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (("--points", "0.5,1.5"), ("0.5,1.5", "0 to below 1")),
         (("--image", "note.txt"), ("note.txt", "no image")),
         (("--root", "."), ("either images", "--root")),
+        (("--image", "a/person.jpg", "b/person.jpg"), ("'person'", "--out")),
     ],
 )
 def test_maps_that_cannot_be_drawn_are_one_line(
