@@ -127,7 +127,7 @@ def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, Config]:
         raise UserError("give either images with --image, or a dataset's folder with --root.")
     names = [path.stem for path in given.image or ()]
     if twice := next((name for name in names if names.count(name) > 1), ""):
-        raise UserError(f"--image: two are called '{twice}' and would be drawn into one PNG: draw them apart, by --out.")
+        raise UserError(f"--image: two are called '{twice}' and would be one PNG: draw them apart, by --out.")
     if given.queries < 1:
         raise UserError(f"--queries is {given.queries}; it must be at least 1.")
     given.points = [_point(text) for text in given.points or ()]
