@@ -98,11 +98,12 @@ def _run(argv: Sequence[str]) -> None:
             parser.error("the path of a script is missing")
         parser.print_help()
         return
-    from csalr_plugin.hosts.script import find_host, find_script, imports
+    from csalr_plugin.hosts.script import find_host, imports
 
-    script = find_script(argv[0])
-    host = "fastreid" if imports("fastreid", script) else "torchreid"
-    find_host(host, script)
+    host, script = "torchreid", Path(argv[0]).resolve()
+    if imports("fastreid", script):
+        host = "fastreid"
+        find_host(host, script)  # the adapter itself cannot be imported without it
     importlib.import_module(f"csalr_plugin.hosts.{host}.script").run_script(argv[0], argv[1:])
 
 

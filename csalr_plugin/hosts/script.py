@@ -68,7 +68,7 @@ def find_host(name: str, script: Path) -> None:
 
 def imports(name: str, script: Path) -> bool:
     """Whether `script` imports the package `name`; its text is looked at, nothing is run."""
-    text = script.read_text(encoding="utf-8", errors="replace")
+    text = script.read_text(encoding="utf-8", errors="replace") if script.is_file() else ""
     return re.search(rf"^\s*(from|import) {name}\b", text, re.MULTILINE) is not None
 
 
