@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
 import time
 from pathlib import Path
@@ -32,6 +33,7 @@ def run_demo(out: Path, seed: int = 0, host: str = "torchreid") -> Results:
     Raises:
         UserError: when `out` cannot be written or holds something else, or the host is not installed.
     """
+    importlib.import_module(f"csalr_plugin.hosts.{host}")  # that it is missing is told before the data are drawn
     started = time.monotonic()
     data = make_demo_data(out / "data", seed=seed)
     number = 1
