@@ -46,6 +46,7 @@ from csalr_plugin.hosts.fastreid.trainer import RefinedParts
 import fastreid
 from fastreid.config import CfgNode, get_cfg
 from fastreid.data import data_utils
+from fastreid.engine import DefaultPredictor
 from fastreid.engine.train_loop import SimpleTrainer
 from fastreid.modeling import build_model as build_host_model
 from fastreid.modeling.meta_arch import META_ARCH_REGISTRY
@@ -180,6 +181,11 @@ def test_a_setting_that_cannot_be_is_one_line(overrides: tuple[str, ...], told: 
         (("CSALR.GROUPS", "3"), "'CSALR.GROUPS' is 3, which does not divide"),
         (("CSALR.ACCUMULATE", "2"), "inside fast-reid it must be 1"),
         (("CSALR.AMP", "fp16"), "SOLVER.AMP.ENABLED True"),
+        pytest.param(
+            ("SOLVER.AMP.ENABLED", "True"),
+            "mixed precision needs CUDA",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is CUDA"),
+        ),
         (("SOLVER.IMS_PER_BATCH", "64"), "more than the 44 training images"),
     ],
 )
@@ -413,6 +419,14 @@ def test_the_hosts_own_script_trains_resumes_and_evaluates_and_torchreid_agrees(
     assert run("OUTPUT_DIR", str(tmp_path / "again"), *weights, flags=("--eval-only",)) == 0
     again = results(tmp_path / "again")
     assert again == pytest.approx(results(out), abs=1e-3)
+
+    written = settings()
+    written.merge_from_file(out / "config.yaml")
+    assert str(out) == written.OUTPUT_DIR and written.CSALR == settings().CSALR
+    images = torch.rand(2, 3, 64, 32) * 255
+    embeddings = DefaultPredictor(settings(*weights))(images)
+    assert embeddings.shape == (2, 6 * 2048)
+    torch.testing.assert_close(embeddings.norm(dim=1), torch.full((2,), 6**0.5))
 
     config = default_config()
     config.merge_from_file("configs/torchreid/pcb_384x128_sgd.yaml")

@@ -147,7 +147,7 @@ def rank_without_a_compiler() -> None:
     """Rank in Python where the Cython ranking is not built.
 
     fast-reid compiles it into its own installed package at the first evaluation, and ends the process where it
-    cannot: after the first epochs of a training.
+    cannot, as on Python 3.12 and newer, which have no distutils: after the first epochs of a training.
     """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Cython rank")  # that it is not built

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from fastreid.config import CfgNode
 from fastreid.data.datasets import DATASET_REGISTRY
@@ -156,6 +157,11 @@ def validate(cfg: CfgNode) -> None:
         raise UserError(
             "config key 'CSALR.AMP' is 'fp16'; inside fast-reid set SOLVER.AMP.ENABLED True, which has the loss scale "
             "that fp16 needs, or CSALR.AMP bf16."
+        )
+    if cfg.SOLVER.AMP.ENABLED and not torch.cuda.is_available():
+        raise UserError(
+            "config key 'SOLVER.AMP.ENABLED' is True, and fast-reid's mixed precision needs CUDA, which is not there; "
+            "set it to False, or CSALR.AMP bf16, which needs none."
         )
     root = Path(os.environ.get("FASTREID_DATASETS", "datasets"))
     if not root.is_dir():
