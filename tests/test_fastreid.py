@@ -179,6 +179,8 @@ def test_a_setting_that_cannot_be_is_one_line(overrides: tuple[str, ...], told: 
         (("MODEL.NAME", "pcb_cslr"), "Did you mean 'pcb_csalr'"),
         (("DATASETS.NAMES", "('Market1502',)"), "Did you mean 'Market1501'"),
         (("CSALR.GROUPS", "3"), "'CSALR.GROUPS' is 3, which does not divide"),
+        (("INPUT.SIZE_TRAIN", "[0, 0]"), "must be two positive integers"),
+        (("SOLVER.OPT", "Adan"), "Did you mean 'Adam'"),
         (("CSALR.ACCUMULATE", "2"), "inside fast-reid it must be 1"),
         (("CSALR.AMP", "fp16"), "SOLVER.AMP.ENABLED True"),
         pytest.param(

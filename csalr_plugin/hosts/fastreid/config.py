@@ -18,6 +18,7 @@ from csalr_plugin.errors import UserError, suggest
 from csalr_plugin.hosts import keys
 from csalr_plugin.hosts.config import CheckedConfig
 from csalr_plugin.hosts.keys import integer, list_of, number, one_of
+from csalr_plugin.models import MODEL_NAMES
 
 _OUR_CHECKS = {f"CSALR.{key.name.upper()}": key.check for key in keys.KEYS}
 
@@ -25,8 +26,6 @@ _OUR_CHECKS = {f"CSALR.{key.name.upper()}": key.check for key in keys.KEYS}
 # error without a name. Every other value is checked as fast-reid checks it, by the type of its default.
 _HOST_CHECKS = {
     "MODEL.LOSSES.NAME": list_of(one_of("CrossEntropyLoss", "TripletLoss", "CircleLoss", "Cosface")),
-    "INPUT.SIZE_TRAIN": list_of(integer(1)),
-    "INPUT.SIZE_TEST": list_of(integer(1)),
     "DATALOADER.SAMPLER_TRAIN": one_of(
         "TrainingSampler",
         "NaiveIdentitySampler",
@@ -144,6 +143,13 @@ def validate(cfg: CfgNode) -> None:
     keys.check_groups(ours.GROUPS, ours.KEY_RATIO, tuple(ours.STAGES), node="CSALR")
     models = tuple(META_ARCH_REGISTRY._obj_map)
     _check_name("MODEL.META_ARCHITECTURE", cfg.MODEL.META_ARCHITECTURE, models)
+    for key in ("SIZE_TRAIN", "SIZE_TEST"):
+        size = cfg.INPUT[key]
+        if cfg.MODEL.META_ARCHITECTURE in MODEL_NAMES and (len(size) != 2 or min(size) < 1):
+            raise UserError(f"config key 'INPUT.{key}' is {size}; it must be two positive integers: height, width.")
+    classes = {name: one for name, one in vars(torch.optim).items() if isinstance(one, type)}
+    optimizers = [name for name, one in classes.items() if issubclass(one, torch.optim.Optimizer)]
+    _check_name("SOLVER.OPT", cfg.SOLVER.OPT, tuple(sorted({*optimizers} - {"Optimizer"})))
     for key in ("NAMES", "TESTS"):
         for name in cfg.DATASETS[key]:
             _check_name(f"DATASETS.{key}", name, tuple(DATASET_REGISTRY._obj_map))
