@@ -3,15 +3,18 @@ PYTHON ?= python3
 VENV ?= .venv
 # Named first and exactly, so that no other package pulls in another build.
 TORCH ?= torch==2.14.1 torchvision==0.29.1
-# Of the demo's data and results.
+# It asks for torch 1.13, so it comes without its dependencies; those of today's are the extra [fastreid].
+FASTREID ?= fastreid==1.4.0
+# Of the demo's data and results, and what trains it.
 OUT ?= demo-output
+HOST ?= torchreid
 
 INSTALLED = $(VENV)/.installed
 
 .PHONY: demo test check clean
 
 demo: $(INSTALLED)
-	$(VENV)/bin/csalr demo --out $(OUT)
+	$(VENV)/bin/csalr demo --out $(OUT) --host $(HOST)
 
 test: check
 	$(VENV)/bin/python -m pytest
@@ -25,7 +28,8 @@ $(INSTALLED): setup.cfg pyproject.toml Makefile
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed: make PYTHON=python3.11")'
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet $(TORCH)
-	$(VENV)/bin/python -m pip install --quiet --editable '.[test]'
+	$(VENV)/bin/python -m pip install --quiet --editable '.[test,fastreid]'
+	$(VENV)/bin/python -m pip install --quiet --no-deps $(FASTREID)
 	touch $@
 
 clean:

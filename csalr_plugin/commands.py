@@ -12,10 +12,10 @@ from csalr_plugin.errors import UserError, suggest
 from csalr_plugin.hosts.torchreid.arguments import Parser
 from csalr_plugin.version import __version__
 
-_DESCRIPTION = "SA, CSA and CSALR attention for person re-identification, inside torchreid."
+_DESCRIPTION = "SA, CSA and CSALR attention for person re-identification, inside torchreid or fast-reid."
 _EPILOG = """commands:
   train           train, evaluate or resume a model through torchreid
-  run             the same through a script of torchreid's own, unmodified
+  run             train, evaluate or resume through a script of the host's own, unmodified
   models          the models with their cost, and the default settings
   demo            make a small data set, train pcb_csalr on it, show what training brought
   bench           measure what every model costs, side by side
@@ -85,20 +85,26 @@ def _run(argv: Sequence[str]) -> None:
         parser = Parser(
             prog="csalr run",
             usage="csalr run PATH [ARGUMENT ...]",
-            description="Run a train script of torchreid's, unmodified, with the plugin loaded.\n"
+            description="Run a train script of torchreid's or fast-reid's, unmodified, with the plugin loaded.\n"
             "PATH is the script; what follows are the script's own arguments.",
             epilog="example:\n  csalr run deep-person-reid/scripts/main.py \\\n"
             "    --config-file configs/torchreid/pcb_384x128_sgd.yaml \\\n"
-            "    -s market1501 -t market1501 --root reid-data MODEL.NAME pcb_csalr csalr.groups 2",
+            "    -s market1501 -t market1501 --root reid-data MODEL.NAME pcb_csalr csalr.groups 2\n"
+            "  csalr run fast-reid/tools/train_net.py \\\n"
+            "    --config-file projects/fastreid/configs/pcb_384x128_sgd.yml MODEL.NAME pcb_csalr",
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         if not argv:
             parser.error("the path of a script is missing")
         parser.print_help()
         return
-    from csalr_plugin.hosts.torchreid.script import run_script
+    from csalr_plugin.hosts.script import find_host, imports
 
-    run_script(argv[0], argv[1:])
+    host, script = "torchreid", Path(argv[0]).resolve()
+    if imports("fastreid", script):
+        host = "fastreid"
+        find_host(host, script)  # the adapter itself cannot be imported without it
+    importlib.import_module(f"csalr_plugin.hosts.{host}.script").run_script(argv[0], argv[1:])
 
 
 def _models(argv: Sequence[str]) -> None:
@@ -154,16 +160,18 @@ def _demo(argv: Sequence[str]) -> None:
     parser = Parser(
         prog="csalr demo",
         description="Make a small data set of pedestrian-like images, train pcb_csalr on it through "
-        "torchreid, and show the accuracy before and after.",
-        epilog="example:\n  csalr demo --out demo",
+        "torchreid or fast-reid, and show the accuracy before and after.",
+        epilog="example:\n  csalr demo --out demo --host fastreid",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of data and run")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of data and training (default 0)")
+    hosts = ("torchreid", "fastreid")
+    parser.add_argument("--host", choices=hosts, default="torchreid", help="what trains (default torchreid)")
     given = parser.parse_args(argv)
     from csalr_plugin.demo import run_demo
 
-    run_demo(given.out, given.seed)
+    run_demo(given.out, given.seed, given.host)
 
 
 _STUDIES = {

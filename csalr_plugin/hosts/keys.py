@@ -205,14 +205,19 @@ def defaults() -> dict[str, Any]:
 def check_groups(groups: int, key_ratio: float, stages: tuple[int, ...], *, node: str = "csalr") -> None:
     """Check that `groups` divides the block's channels C and its key channels C' = key_ratio * C.
 
+    Args:
+        groups, key_ratio, stages: the settings.
+        node: the host's name of the plugin's node, as its messages shall have it.
+
     Raises:
         UserError: at the first stage where it does not.
     """
+    in_case = str.upper if node.isupper() else str.lower
     for stage in stages:
         channels = STAGE_CHANNELS[stage]
         for what, count in (("channels", channels), ("key channels", round(channels * key_ratio))):
             if count < 1 or count % groups:
                 raise UserError(
-                    f"config key '{node}.groups' is {groups}, which does not divide the {count} {what} of "
-                    f"stage {stage} ({node}.key_ratio {key_ratio:g}); use a power of two such as 2."
+                    f"config key '{node}.{in_case('groups')}' is {groups}, which does not divide the {count} {what} of "
+                    f"stage {stage} ({node}.{in_case('key_ratio')} {key_ratio:g}); use a power of two such as 2."
                 )

@@ -27,13 +27,27 @@ MODEL_NAMES = (
 
 STAGE_CHANNELS = {1: 256, 2: 512, 3: 1024, 4: 2048}  # of ResNet-50
 
-__all__ = ["MODEL_NAMES", "PCB", "STAGE_CHANNELS", "RefinedPCB", "build_model"]
+__all__ = ["MODEL_NAMES", "PCB", "STAGE_CHANNELS", "RefinedPCB", "build_model", "head_and_attention"]
 
 
 def __getattr__(name: str) -> Any:
     if name in ("PCB", "RefinedPCB"):
         return getattr(importlib.import_module("csalr_plugin.models.pcb"), name)
     raise AttributeError(f"module 'csalr_plugin.models' has no attribute {name!r}")
+
+
+def head_and_attention(name: str) -> tuple[str, str]:
+    """Take a model's name apart: "pcb_rpp_csalr" is ("pcb_rpp", "csalr"), and "pcb" is ("pcb", "none").
+
+    Raises:
+        UserError: for an unknown name.
+    """
+    if name not in MODEL_NAMES:
+        raise UserError(f"Unknown model {name!r}: allowed is {', '.join(MODEL_NAMES)}.{suggest(name, MODEL_NAMES)}")
+    if name.endswith(("pcb", "rpp")):
+        return name, "none"
+    head, attention = name.rsplit("_", 1)
+    return head, attention
 
 
 def build_model(
@@ -65,11 +79,7 @@ def build_model(
     from csalr_plugin.models.pcb import PCB, RefinedPCB
     from csalr_plugin.models.weights import load_backbone
 
-    if name not in MODEL_NAMES:
-        raise UserError(f"Unknown model {name!r}: allowed is {', '.join(MODEL_NAMES)}.{suggest(name, MODEL_NAMES)}")
-    head, attention = name, "none"
-    if not name.endswith(("pcb", "rpp")):
-        head, attention = name.rsplit("_", 1)
+    head, attention = head_and_attention(name)
     architecture = RefinedPCB if head == "pcb_rpp" else PCB
     model = architecture(
         num_classes,

@@ -67,8 +67,11 @@ def _damaged(path: str | Path) -> str:
 
 
 def state_dict_of(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The weights inside a checkpoint, without DataParallel's "module." and torch.compile's "_orig_mod."."""
-    state = checkpoint.get("state_dict", checkpoint)
+    """The weights inside a checkpoint, without DataParallel's "module." and torch.compile's "_orig_mod.".
+
+    torchreid keeps them under "state_dict", fast-reid under "model"; a bare state dict is taken as it is.
+    """
+    state = checkpoint.get("state_dict", checkpoint.get("model", checkpoint))
     if not isinstance(state, Mapping):
         return {}
     return {
@@ -100,7 +103,15 @@ def load_weights(model: nn.Module, path: str | Path) -> LoadReport:
     Raises:
         UserError: also when the checkpoint is of another architecture; says how many layers and which.
     """
-    given = state_dict_of(read_checkpoint(path))
+    return load_state(model, state_dict_of(read_checkpoint(path)), path)
+
+
+def load_state(model: nn.Module, given: Mapping[str, Tensor], path: str | Path) -> LoadReport:
+    """Load the weights `given`, read from `path`, as `load_weights` does.
+
+    Raises:
+        UserError: they are of another architecture.
+    """
     wanted = model.state_dict()
     fits = {name: value for name, value in given.items() if name in wanted and value.shape == wanted[name].shape}
     given_children, wanted_children = ({name.split(".")[0] for name in names} for names in (given, wanted))
@@ -124,6 +135,13 @@ def load_weights(model: nn.Module, path: str | Path) -> LoadReport:
         )
     model.load_state_dict(fits, strict=False)
     return LoadReport(tuple(fits), tuple(left))
+
+
+def mismatches(model: nn.Module, given: Mapping[str, Tensor]) -> list[str]:
+    """Names of tensors that `model` and the weights `given` do not have in common, in the same shape."""
+    wanted = model.state_dict()
+    wrong = [name for name in wanted if name not in given or given[name].shape != wanted[name].shape]
+    return wrong + [name for name in given if name not in wanted]
 
 
 def load_backbone(model: nn.Module, path: str = "") -> None:

@@ -10,10 +10,9 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
-import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
-from csalr_plugin.errors import UserError
+from csalr_plugin.hosts.data import UNREADABLE, padded, unreadable
 from csalr_plugin.hosts.torchreid import host
 from csalr_plugin.models.weights import read_checkpoint
 
@@ -79,13 +78,8 @@ def read_image(path: str) -> Image.Image:
     try:
         with Image.open(path) as image:
             return image.convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        if isinstance(error, UnidentifiedImageError):  # whose text is the path again
-            reason = "it is no image"
-        raise UserError(
-            f"image '{path}' cannot be read ({reason}); replace it, or remove it from the dataset."
-        ) from None
+    except UNREADABLE as error:
+        raise unreadable(path, error) from None
 
 
 def leave_console_open(torchreid: ModuleType) -> None:
@@ -107,37 +101,8 @@ def rank_small_galleries(torchreid: ModuleType) -> None:
     The curves of queries then differ in length, which NumPy refuses to average since 1.24, and a rank in
     ``test.ranks`` beyond them is an IndexError, after training and before the checkpoint is saved.
     """
-    if getattr(torchreid.metrics.evaluate_rank, "__module__", None) != __name__:
-        _replace(_padded(torchreid.metrics.evaluate_rank), torchreid.metrics, torchreid.metrics.rank)
-
-
-def _padded(evaluate: Callable[..., Any]) -> Callable[..., Any]:
-    def evaluate_rank(
-        distmat: Any,
-        q_pids: Any,
-        g_pids: Any,
-        q_camids: Any,
-        g_camids: Any,
-        max_rank: int = 50,
-        use_metric_cuhk03: bool = False,
-        use_cython: bool = True,
-    ) -> Any:
-        # The cuhk03 metric counts identities.
-        left = len(np.unique(g_pids)) - 1 if use_metric_cuhk03 else fewest_left(g_pids, g_camids)
-        if (missing := max_rank - left) > 0:
-            # Strangers at an infinite distance: no match comes after them, so no precision changes.
-            strangers = max(np.max(q_pids), np.max(g_pids)) + 1 + np.arange(missing)
-            distmat = np.pad(distmat, ((0, 0), (0, missing)), constant_values=np.inf)
-            g_pids, g_camids = np.append(g_pids, strangers), np.append(g_camids, np.zeros_like(strangers))
-        return evaluate(distmat, q_pids, g_pids, q_camids, g_camids, max_rank, use_metric_cuhk03, use_cython)
-
-    return evaluate_rank
-
-
-def fewest_left(gallery_ids: Any, gallery_cameras: Any) -> int:
-    """How many gallery images a query has at the least, leaving out its own identity in its own camera."""
-    pairs = np.unique([gallery_ids, gallery_cameras], axis=1, return_counts=True)
-    return len(gallery_ids) - int(pairs[1].max())
+    if getattr(torchreid.metrics.evaluate_rank, "__module__", None) != padded.__module__:
+        _replace(padded(torchreid.metrics.evaluate_rank), torchreid.metrics, torchreid.metrics.rank)
 
 
 def _replace(function: Callable[..., Any], *modules: ModuleType) -> None:

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
-from yacs.config import CfgNode
 
 import csalr_plugin
 from csalr_plugin.errors import UserError, suggest
 from csalr_plugin.hosts import keys
+from csalr_plugin.hosts.config import CheckedConfig
 from csalr_plugin.hosts.keys import Check, integer, list_of, number, one_of
 
 # The keys and defaults of the host's scripts/default_config.py, which its PyPI package leaves out.
@@ -170,11 +170,19 @@ ENGINE_RUN = {
 }
 
 
-class Config(CfgNode):  # type: ignore[misc]  # yacs carries no types
-    """A yacs node whose merges take keys in any case and tell a mistake in one line.
+class Config(CheckedConfig):
+    """torchreid's settings, all in small letters, and the plugin's node `csalr`.
 
     Every merge checks type and range at once; `validate` checks what needs several keys, or the host.
     """
+
+    def in_case(self, key: str) -> str:
+        """Return `key` in small letters."""
+        return key.lower()
+
+    def checked(self, key: str, value: Any, current: Any) -> Any:
+        """Return `value` as the key's own check, or else the type that it has now, takes it."""
+        return _check_for(key.lower(), current)(key, value)
 
     def merge_from_file(self, cfg_filename: str | Path) -> None:
         """Merge a YAML file: a path as it stands, or one below ``configs/`` of the plugin.
@@ -184,41 +192,9 @@ class Config(CfgNode):  # type: ignore[misc]  # yacs carries no types
         """
         self.merge_from_other_cfg(_read_yaml(find_config(cfg_filename)))
 
-    def merge_from_other_cfg(self, cfg_other: Mapping[str, Any]) -> None:
-        """Merge a nested mapping.
-
-        Raises:
-            UserError: as `merge_from_list`.
-        """
-        for key, value in _flatten(cfg_other):
-            self._assign(key, value)
-
-    def merge_from_list(self, cfg_list: Sequence[Any]) -> None:
-        """Merge pairs ``[key, value, key, value, ...]``; a value may be text, as on the command line.
-
-        Raises:
-            UserError: for an unknown key (with the nearest), a value of the wrong type or out of range, or
-                a key without a value.
-        """
-        if len(cfg_list) % 2:
-            raise UserError(f"config key '{cfg_list[-1]}' has no value; overrides are pairs: KEY VALUE.")
-        for key, value in zip(cfg_list[0::2], cfg_list[1::2], strict=True):
-            self._assign(str(key), value)
-
-    def lookup(self, key: str) -> Any:
-        """Return the value of a dotted key such as "train.lr"."""
-        node: Any = self
-        for name in key.split("."):
-            node = node[name]
-        return node
-
     def keyword_arguments(self, table: Mapping[str, str]) -> dict[str, Any]:
         """Return the keyword arguments that one of this module's tables describes."""
         return {name: self.lookup(key) for name, key in table.items()}
-
-    def leaves(self) -> dict[str, Any]:
-        """Return every setting as ``{dotted key: value}``."""
-        return dict(_flatten(self))
 
     def validate(self) -> None:
         """Check every setting alone, against the others, and names against the host's registries.
@@ -252,34 +228,6 @@ class Config(CfgNode):  # type: ignore[misc]  # yacs carries no types
                 if name not in datasets:
                     raise UserError(_unknown(key, name, datasets))
 
-    def _assign(self, given: str, value: Any) -> None:
-        *path, leaf = given.lower().split(".")
-        node: Any = self
-        for name in path:
-            node = node.get(name) if isinstance(node, CfgNode) else None
-        if not isinstance(node, CfgNode) or leaf not in node:
-            raise UserError(self._unknown_key(given))
-        current = node[leaf]
-        if isinstance(current, CfgNode):
-            if value is None:  # a group of keys in a YAML file that has none
-                return
-            raise UserError(
-                f"config key '{given}' is a group of keys and takes no value; its keys are "
-                f"{', '.join(f'{given}.{name}' for name in current)}."
-            )
-        wanted = _check_for(given.lower(), current)(given, value)
-        if wanted != current or type(wanted) is not type(current):
-            setattr(node, leaf, wanted)
-
-    def _unknown_key(self, given: str) -> str:
-        known = list(self.leaves())
-        hint = suggest(given.lower(), known)
-        if not hint:
-            node = given.lower().split(".")[0]
-            below = [key for key in known if key.startswith(node + ".")]
-            hint = f" Known keys: {', '.join(below)}." if below else f" Known groups: {', '.join(self)}."
-        return f"unknown config key '{given}'.{hint}"
-
 
 _OUR_CHECKS = {f"csalr.{key.name}": key.check for key in keys.KEYS}
 
@@ -303,14 +251,6 @@ def _check_type(current: Any) -> Check:
 
 def _unknown(key: str, name: str, allowed: Sequence[str]) -> str:
     return f"config key '{key}' is '{name}'; it must be one of {', '.join(allowed)}.{suggest(name, allowed)}"
-
-
-def _flatten(tree: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in tree.items():
-        if isinstance(value, Mapping):
-            yield from _flatten(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value
 
 
 def find_config(path: str | Path) -> Path:

@@ -25,8 +25,9 @@ from tqdm import tqdm
 from csalr_plugin.errors import UserError
 from csalr_plugin.hosts.torchreid.config import active_config
 from csalr_plugin.hosts.torchreid.monitor import Monitor
-from csalr_plugin.hosts.torchreid.optimizer import WarmUp, clip_gradients, unwrapped
+from csalr_plugin.hosts.torchreid.optimizer import unwrapped
 from csalr_plugin.hosts.torchreid.ranking import evaluate_rank
+from csalr_plugin.hosts.training import WarmUp, clip_gradients
 from csalr_plugin.models import PCB, RefinedPCB
 
 

@@ -7,7 +7,7 @@ import torchreid
 from numpy.typing import NDArray
 
 from csalr_plugin.errors import UserError
-from csalr_plugin.hosts.torchreid.compat import fewest_left
+from csalr_plugin.hosts.data import fewest_left
 
 Array = NDArray[np.generic]
 

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import re
-import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from csalr_plugin.errors import UserError
+from csalr_plugin.hosts.script import execute, find_host, find_script, interpreter_state, replaced
 from csalr_plugin.hosts.torchreid import host, register
 from csalr_plugin.hosts.torchreid.arguments import FLAGS, flag_of, host_argv, parse_arguments
 from csalr_plugin.hosts.torchreid.config import (
@@ -43,45 +41,14 @@ def run_script(path: str | Path, argv: Sequence[str]) -> None:
         UserError: there is no such script, or anything that the user gave cannot be used.
         SystemExit: when the script ends so.
     """
-    script = Path(path)
-    if not script.is_file():
-        raise UserError(f"script '{path}' does not exist; give the path of one such as scripts/main.py.")
-    script = script.resolve()
+    script = find_script(path)
     with ExitStack() as stack:
-        stack.enter_context(_interpreter_state(script.parent))
-        _find_torchreid(script)
+        stack.enter_context(interpreter_state(script.parent, "default_config"))
+        find_host("torchreid", script)
         register()
         if (script.parent / "default_config.py").is_file():
             argv = stack.enter_context(_plugin_in_place(argv))
-        sys.argv = [str(path), *argv]
-        # Not runpy: the module __main__ stays what it is, so that workers which are not forked start as
-        # they do for the command itself, with the plugin, and do not run the script again.
-        names = {"__name__": "__main__", "__file__": str(script), "__builtins__": __builtins__}
-        exec(compile(script.read_bytes(), str(script), "exec"), names)
-
-
-@contextmanager
-def _interpreter_state(folder: Path) -> Iterator[None]:
-    """Put `folder` first on the module path, and afterwards all that a script changes back as it was."""
-    kept = sys.argv, sys.path[:], sys.stdout
-    default_config_module = sys.modules.pop("default_config", None)
-    sys.path.insert(0, str(folder))
-    importlib.invalidate_caches()
-    try:
-        yield
-    finally:
-        sys.stdout.flush()  # the script's log, before it is let go
-        sys.argv, sys.path[:], sys.stdout = kept
-        sys.modules.pop("default_config", None)
-        if default_config_module is not None:
-            sys.modules["default_config"] = default_config_module
-
-
-def _find_torchreid(script: Path) -> None:
-    checkout = script.parent.parent
-    if importlib.util.find_spec("torchreid") is None and (checkout / "torchreid" / "__init__.py").is_file():
-        sys.path.insert(1, str(checkout))
-        importlib.invalidate_caches()
+        execute(script, [str(path), *argv])
 
 
 @contextmanager
@@ -119,7 +86,7 @@ def _plugin_in_place(argv: Sequence[str]) -> Iterator[list[str]]:
 
     def data_manager(name: str, **arguments: Any) -> Any:
         config = prepare()
-        with _replaced(torchreid.data, host_managers):
+        with replaced(torchreid.data, host_managers):
             if config is not None and arguments == config.keyword_arguments(_DATA_MANAGERS[name]):
                 return train.build_datamanager(config)
             return host_managers[name](**arguments)
@@ -145,7 +112,7 @@ def _plugin_in_place(argv: Sequence[str]) -> Iterator[list[str]]:
     with ExitStack() as stack:
         stack.callback(set_active_config, set_active_config(None))  # the one before, afterwards
         for module, functions in plugin:
-            stack.enter_context(_replaced(module, functions))
+            stack.enter_context(replaced(module, functions))
         if host_defaults is not None:
             vars(settings)["get_default_config"] = partial(get_default_config, host_defaults)
         yield host_argv(parse_arguments(argv, "csalr run SCRIPT")) if _only_known_flags(argv) else list(argv)
@@ -154,13 +121,3 @@ def _plugin_in_place(argv: Sequence[str]) -> Iterator[list[str]]:
 def _only_known_flags(argv: Sequence[str]) -> bool:
     """Whether every flag is one of the host's script; else, as for ``--help``, the words stay as they are."""
     return all(flag_of(word) in FLAGS for word in argv if re.match("--|-[A-Za-z]", word))
-
-
-@contextmanager
-def _replaced(module: ModuleType, functions: Mapping[str, Any]) -> Iterator[None]:
-    kept = {name: getattr(module, name) for name in functions}
-    vars(module).update(functions)
-    try:
-        yield
-    finally:
-        vars(module).update(kept)

@@ -8,7 +8,6 @@ import re
 import sys
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -17,9 +16,9 @@ import torch
 import torchreid
 from filelock import FileLock, Timeout
 from torch import nn
-from tqdm import tqdm
 
 from csalr_plugin.errors import UserError
+from csalr_plugin.hosts.data import decode_all
 from csalr_plugin.hosts.torchreid import register
 from csalr_plugin.hosts.torchreid.compat import read_image
 from csalr_plugin.hosts.torchreid.config import (
@@ -35,7 +34,7 @@ from csalr_plugin.hosts.torchreid.config import (
 from csalr_plugin.hosts.torchreid.engine import plugin_engine
 from csalr_plugin.hosts.torchreid.optimizer import build_optimizer, unwrapped
 from csalr_plugin.models.cost import count_gmacs, count_parameters
-from csalr_plugin.models.weights import load_weights, read_checkpoint, state_dict_of
+from csalr_plugin.models.weights import load_weights, mismatches, read_checkpoint, state_dict_of
 
 _build_host_model = torchreid.models.build_model
 
@@ -137,13 +136,7 @@ def check_images(datamanager: Any) -> None:
     paths = [item[0] for subset in subsets for item in subset]
     # A video dataset has a tuple of paths where an image dataset has one.
     flat = dict.fromkeys(path for item in paths for path in ([item] if isinstance(item, str) else item))
-    with ThreadPoolExecutor() as pool:
-        for _ in tqdm(pool.map(_decodes, flat), total=len(flat), desc="Checking images", unit="", mininterval=2.0):
-            pass
-
-
-def _decodes(path: str) -> None:
-    read_image(path)
+    decode_all(flat, read_image)
 
 
 def build_network(config: Config, num_classes: int) -> nn.Module:
@@ -214,9 +207,8 @@ def resume_from_checkpoint(fpath: str, model: nn.Module, optimizer: Any = None, 
         UserError: when the checkpoint cannot be read, or is no checkpoint of this training.
     """
     checkpoint, network = read_checkpoint(fpath), unwrapped(model)
-    state, wanted = state_dict_of(checkpoint), network.state_dict()
-    wrong = [name for name in wanted if name not in state or state[name].shape != wanted[name].shape]
-    wrong += [name for name in state if name not in wanted]
+    state = state_dict_of(checkpoint)
+    wrong = mismatches(network, state)
     if wrong or "epoch" not in checkpoint:
         reason = f"{len(wrong)} tensors do not match ({', '.join(wrong[:3])}, ...)" if wrong else "it names no epoch"
         raise UserError(

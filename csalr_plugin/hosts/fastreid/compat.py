@@ -1,0 +1,240 @@
+"""What fast-reid lacks on today's Python, torch and on a CPU, each mend with its reason.
+
+fast-reid 1.4.0 is made for torch 1.13. Numbers are those of issues of JDAI-CV/fast-reid.
+"""
+
+from __future__ import annotations
+
+import collections
+import collections.abc
+import importlib
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader
+
+from csalr_plugin.errors import UserError
+from csalr_plugin.hosts.data import UNREADABLE, padded, unreadable
+from csalr_plugin.models import PCB
+from csalr_plugin.models.weights import load_state, mismatches, read_checkpoint, state_dict_of
+
+INSTALL = "pip install 'csalr-plugin[fastreid]' && pip install --no-deps fastreid==1.4.0"
+
+
+def host() -> ModuleType:
+    """Import fast-reid, all that its training needs, and return its package.
+
+    Raises:
+        UserError: fast-reid, or something that it needs, is not installed.
+    """
+    try:
+        with _names_that_are_gone():
+            importlib.import_module("fastreid.engine")
+    except ModuleNotFoundError as error:
+        raise UserError(f"fast-reid cannot be imported, for '{error.name}' is not installed; run: {INSTALL}.") from None
+    return sys.modules["fastreid"]
+
+
+@contextmanager
+def _names_that_are_gone() -> Iterator[None]:
+    """Lend fast-reid, while it is imported, what Python 3.10 (#713) and torch 2.0 took away.
+
+    ``from collections import Mapping`` and, in the PyPI release, ``from torch._six import string_classes``.
+    """
+    lent_mapping = not hasattr(collections, "Mapping")
+    lent_six = "torch._six" not in sys.modules
+    if lent_mapping:
+        vars(collections)["Mapping"] = collections.abc.Mapping
+    if lent_six:
+        six = ModuleType("torch._six")
+        vars(six)["string_classes"] = str
+        sys.modules["torch._six"] = six
+    try:
+        yield
+    finally:
+        if lent_mapping:
+            del vars(collections)["Mapping"]
+        if lent_six:
+            del sys.modules["torch._six"]
+
+
+def apply() -> None:
+    """Mend the imported fast-reid; may be called again.
+
+    Raises:
+        UserError: fast-reid is not installed.
+    """
+    if getattr(host(), "csalr_plugin_mended", False):
+        return
+    for mend in (
+        step_every_weight,
+        load_data_without_cuda,
+        tell_errors_of_loading,
+        rank_without_a_compiler,
+        rank_small_galleries,
+        rerank_without_cuda,
+        refuse_unreadable_images,
+        read_weights_only,
+    ):
+        mend()
+    host().csalr_plugin_mended = True  # type: ignore[attr-defined]
+
+
+def _module(name: str) -> ModuleType:
+    return importlib.import_module(f"fastreid.{name}")
+
+
+def step_every_weight() -> None:
+    """Give the optimizer the weights themselves, not one buffer of them all (#700, #704).
+
+    The buffer's gradient is set to None by ``zero_grad``, torch's default since 2.0, while the weights' own
+    gradients stay views of what it was: no step is ever made, silently, and with mixed precision the first one
+    is an error. torch's optimizers fuse their steps by themselves now, which the buffer was for.
+    """
+    _module("solver.build").build_optimizer.__defaults__ = (False,)
+
+
+def load_data_without_cuda() -> None:
+    """Load batches without a CUDA stream where there is no CUDA."""
+    if torch.cuda.is_available():
+        return
+    for module in (_module("data.data_utils"), _module("data.build")):
+        module.DataLoaderX = LoaderWithoutCuda  # type: ignore[attr-defined]
+
+
+class LoaderWithoutCuda(DataLoader):  # type: ignore[type-arg]
+    """torch's own loader with the arguments of fast-reid's `DataLoaderX`.
+
+    Args:
+        local_rank: the GPU to load to; there is none.
+        options: those of torch's loader; memory is never pinned.
+    """
+
+    def __init__(self, local_rank: int, **options: Any) -> None:
+        super().__init__(**{**options, "pin_memory": False})
+
+
+def tell_errors_of_loading() -> None:
+    """Let an error of the loading thread reach the training, which would wait for its next batch for ever."""
+    background = _module("data.data_utils").BackgroundGenerator
+    run, following = background.run, background.next
+
+    def run_to_the_end(self: Any) -> None:
+        try:
+            run(self)
+        except Exception as error:
+            self.error = error
+            self.queue.put(None)
+
+    def next_or_raise(self: Any) -> Any:
+        try:
+            return following(self)
+        except StopIteration:
+            if getattr(self, "error", None) is not None:
+                raise self.error from None
+            raise
+
+    background.run, background.next = run_to_the_end, next_or_raise
+
+
+def rank_without_a_compiler() -> None:
+    """Rank in Python where the Cython ranking is not built.
+
+    fast-reid compiles it into its own installed package at the first evaluation, and ends the process where it
+    cannot, as on Python 3.12 and newer, which have no distutils: after the first epochs of a training.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Cython rank")  # that it is not built
+        _module("evaluation.rank")
+    evaluator: Any = _module("evaluation.reid_evaluation").ReidEvaluator
+    evaluator._compile_dependencies = _compile_nothing
+
+
+def _compile_nothing(evaluator: Any) -> None:
+    """Take the place of the evaluator's compiling."""
+
+
+def rank_small_galleries() -> None:
+    """Rank galleries of fewer than some 50 images, whose curves differ in length: an error since NumPy 1.24."""
+    rank = _module("evaluation.rank")
+    rank.evaluate_rank = padded(rank.evaluate_rank)  # type: ignore[attr-defined]
+
+
+def rerank_without_cuda() -> None:
+    """Let re-ranking search on the CPU where there is no GPU, which ``build_dist`` asks for whatever there is."""
+    if torch.cuda.is_available():
+        return
+    compute_dist = _module("utils.compute_dist")
+    jaccard = compute_dist.compute_jaccard_distance
+
+    def compute_jaccard_distance(features: Any, k1: int = 20, k2: int = 6, search_option: int = 0, **more: Any) -> Any:
+        return jaccard(features, k1=k1, k2=k2, search_option=3, **more)
+
+    compute_dist.compute_jaccard_distance = compute_jaccard_distance  # type: ignore[attr-defined]
+
+
+def refuse_unreadable_images() -> None:
+    """Name the image that does not decode, in one line."""
+    data_utils = _module("data.data_utils")
+    read = data_utils.read_image
+
+    def read_image(file_name: str, format: str | None = None) -> Any:
+        try:
+            return read(file_name, format)
+        except UNREADABLE as error:
+            raise unreadable(str(file_name), error) from None
+
+    for module in (data_utils, _module("data.common")):
+        module.read_image = read_image  # type: ignore[attr-defined]
+
+
+def read_weights_only() -> None:
+    """Read checkpoints as data, torchreid's too, and never load a part of a network of the plugin's in silence.
+
+    fast-reid leaves out what does not fit and goes on with a message in the log; resuming with it would give the
+    optimizer the state of other weights.
+    """
+    checkpointer: Any = _module("utils.checkpoint").Checkpointer
+    load, load_model = checkpointer.load, checkpointer._load_model
+
+    def load_checked(self: Any, path: str, checkpointables: list[str] | None = None) -> Any:
+        if path and "://" not in path:
+            _check(self, path, resuming=checkpointables is None and bool(self.checkpointables))
+        return load(self, path, checkpointables)
+
+    def _load_file(self: Any, path: str) -> dict[str, Any]:
+        content = read_checkpoint(path)
+        return content if "model" in content else {"model": state_dict_of(content)}
+
+    def _load_model(self: Any, checkpoint: dict[str, Any]) -> Any:
+        if not isinstance(self.model, PCB):
+            return load_model(self, checkpoint)
+        state = state_dict_of(checkpoint)
+        del checkpoint["model"]
+        self.logger.info(str(load_state(self.model, state, self.loading)))
+        return None
+
+    checkpointer.load, checkpointer._load_file, checkpointer._load_model = load_checked, _load_file, _load_model
+
+
+def _check(checkpointer: Any, path: str, *, resuming: bool) -> None:
+    """Remember what is being loaded; refuse to resume from a checkpoint of other settings."""
+    checkpointer.loading = path
+    if not Path(path).is_file():
+        read_checkpoint(path)  # which says so
+    if not resuming or not isinstance(checkpointer.model, PCB):
+        return
+    checkpoint = read_checkpoint(path)
+    wrong = mismatches(checkpointer.model, state_dict_of(checkpoint))
+    if wrong or "epoch" not in checkpoint:
+        reason = f"{len(wrong)} tensors do not match ({', '.join(wrong[:3])}, ...)" if wrong else "it names no epoch"
+        raise UserError(
+            f"--resume: {path!r} is no checkpoint of this training: {reason}. Give the MODEL.META_ARCHITECTURE and the "
+            "CSALR settings that it was trained with, or start anew from its weights with MODEL.WEIGHTS."
+        )

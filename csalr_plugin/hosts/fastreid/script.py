@@ -1,0 +1,37 @@
+"""Runs a script of fast-reid's, unmodified, with the plugin loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import fastreid.config
+import fastreid.engine
+
+from csalr_plugin.hosts.fastreid import Trainer, add_csalr_config
+from csalr_plugin.hosts.script import execute, find_script, interpreter_state, replaced
+
+
+def run_script(path: str | Path, argv: Sequence[str]) -> None:
+    """Run the script at `path` as ``python PATH ARGV...`` would, with the plugin's models registered.
+
+    Its ``get_cfg()`` has the node `CSALR` and the plugin's checks, and its `DefaultTrainer` is the plugin's `Trainer`.
+    Raises:
+        UserError: there is no such script, or anything that the user gave cannot be used.
+        SystemExit: when the script ends so.
+    """
+    script = find_script(path)
+    host_get_cfg = fastreid.config.get_cfg
+
+    def get_cfg() -> Any:
+        cfg = host_get_cfg()
+        add_csalr_config(cfg)
+        return cfg
+
+    with ExitStack() as stack:
+        stack.enter_context(interpreter_state(script.parent))
+        stack.enter_context(replaced(fastreid.config, {"get_cfg": get_cfg}))
+        stack.enter_context(replaced(fastreid.engine, {"DefaultTrainer": Trainer}))
+        execute(script, [str(path), *argv])

@@ -1,0 +1,83 @@
+"""Runs a script as Python would, in this process, and leaves the process as it was."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import re
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from csalr_plugin.errors import UserError
+
+
+def find_script(path: str | Path) -> Path:
+    """Return the absolute path of a script.
+
+    Raises:
+        UserError: there is no such file.
+    """
+    script = Path(path)
+    if not script.is_file():
+        raise UserError(f"script '{path}' does not exist; give the path of one such as scripts/main.py.")
+    return script.resolve()
+
+
+def execute(script: Path, argv: Sequence[str]) -> None:
+    """Run `script` with ``sys.argv`` as given, the name by which it was called first."""
+    sys.argv = list(argv)
+    # Not runpy: the module __main__ stays what it is, so that workers which are not forked start as
+    # they do for the command itself, with the plugin, and do not run the script again.
+    names = {"__name__": "__main__", "__file__": str(script), "__builtins__": __builtins__}
+    exec(compile(script.read_bytes(), str(script), "exec"), names)
+
+
+@contextmanager
+def interpreter_state(folder: Path, *modules: str) -> Iterator[None]:
+    """Put `folder` first on the module path, and afterwards all that a script changes back as it was.
+
+    Args:
+        folder: the script's.
+        modules: names of modules that lie in `folder`: imported anew, whatever bore the name before.
+    """
+    kept = sys.argv, sys.path[:], sys.stdout
+    kept_modules = {name: sys.modules.pop(name) for name in modules if name in sys.modules}
+    sys.path.insert(0, str(folder))
+    importlib.invalidate_caches()
+    try:
+        yield
+    finally:
+        sys.stdout.flush()  # the script's log, before it is let go
+        sys.argv, sys.path[:], sys.stdout = kept
+        for name in modules:
+            sys.modules.pop(name, None)
+        sys.modules.update(kept_modules)
+
+
+def find_host(name: str, script: Path) -> None:
+    """Make the host importable from the repository that `script` is in, one folder up, if it is not installed."""
+    checkout = script.parent.parent
+    if importlib.util.find_spec(name) is None and (checkout / name / "__init__.py").is_file():
+        sys.path.insert(1, str(checkout))
+        importlib.invalidate_caches()
+
+
+def imports(name: str, script: Path) -> bool:
+    """Whether `script` imports the package `name`; its text is looked at, nothing is run."""
+    text = script.read_text(encoding="utf-8", errors="replace") if script.is_file() else ""
+    return re.search(rf"^\s*(from|import) {name}\b", text, re.MULTILINE) is not None
+
+
+@contextmanager
+def replaced(module: ModuleType, functions: Mapping[str, Any]) -> Iterator[None]:
+    """Let `module` have other functions under the names given, for the length of a with statement."""
+    kept = {name: getattr(module, name) for name in functions}
+    vars(module).update(functions)
+    try:
+        yield
+    finally:
+        vars(module).update(kept)

@@ -1,0 +1,499 @@
+"""fast-reid as a host: registered, configured, trained, evaluated, resumed, and at one with torchreid.
+
+With FASTREID_REPO, the path of a checkout of JDAI-CV/fast-reid, the same tests run against it, and its own train
+script is run too.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import logging
+import os
+import pickle
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from csalr_plugin import demo
+from csalr_plugin.commands import main
+from csalr_plugin.errors import UserError
+from csalr_plugin.hosts import keys
+from csalr_plugin.models import MODEL_NAMES, build_model
+
+REPOSITORY = os.environ.get("FASTREID_REPO", "")
+if REPOSITORY:
+    sys.path.insert(0, REPOSITORY)
+for needed in ("fastreid", "faiss", "sklearn", "termcolor"):
+    if importlib.util.find_spec(needed) is None:
+        pytest.skip(f"fast-reid is not installed: there is no {needed}", allow_module_level=True)
+
+import csalr_plugin.hosts.fastreid as plugin
+from csalr_plugin.hosts.fastreid import compat
+from csalr_plugin.hosts.fastreid.config import own_config
+from csalr_plugin.hosts.fastreid.meta_architecture import register
+from csalr_plugin.hosts.fastreid.trainer import RefinedParts
+
+# isort: split
+import fastreid
+from fastreid.config import CfgNode, get_cfg
+from fastreid.data import data_utils
+from fastreid.engine import DefaultPredictor
+from fastreid.engine.train_loop import SimpleTrainer
+from fastreid.modeling import build_model as build_host_model
+from fastreid.modeling.meta_arch import META_ARCH_REGISTRY
+from fastreid.solver import build_optimizer
+from fastreid.utils.checkpoint import Checkpointer
+from fastreid.utils.events import EventStorage
+
+TINY = (
+    *("MODEL.DEVICE", "cpu", "MODEL.BACKBONE.PRETRAIN", "False", "CSALR.LANDMARKS", "2,2", "CSALR.STAGES", "3"),
+    *("INPUT.SIZE_TRAIN", "[64, 32]", "INPUT.SIZE_TEST", "[128, 64]", "DATALOADER.NUM_WORKERS", "0"),
+    *("SOLVER.IMS_PER_BATCH", "8", "SOLVER.BASE_LR", "0.001", "SOLVER.MAX_EPOCH", "1"),
+    *("SOLVER.CHECKPOINT_PERIOD", "1", "TEST.EVAL_PERIOD", "1"),
+)
+
+# A train script of the shape of the host's tools/train_net.py, which the PyPI package leaves out.
+SCRIPT = """
+from fastreid.config import get_cfg
+from fastreid.engine import DefaultTrainer, default_argument_parser, default_setup, launch
+from fastreid.utils.checkpoint import Checkpointer
+
+def main(args):
+    cfg = get_cfg()
+    cfg.merge_from_file(args.config_file)
+    cfg.merge_from_list(args.opts)
+    cfg.freeze()
+    default_setup(cfg, args)
+    if args.eval_only:
+        cfg.defrost()
+        cfg.MODEL.BACKBONE.PRETRAIN = False
+        model = DefaultTrainer.build_model(cfg)
+        Checkpointer(model).load(cfg.MODEL.WEIGHTS)
+        return DefaultTrainer.test(cfg, model)
+    trainer = DefaultTrainer(cfg)
+    trainer.resume_or_load(resume=args.resume)
+    return trainer.train()
+
+if __name__ == "__main__":
+    args = default_argument_parser().parse_args()
+    launch(main, args.num_gpus, args=(args,))
+"""
+
+
+def settings(*overrides: Any, file: str = "pcb_384x128_sgd.yml") -> CfgNode:
+    cfg = get_cfg()
+    plugin.add_csalr_config(cfg)
+    cfg.merge_from_file(own_config(file))
+    cfg.merge_from_list([*TINY, *overrides])
+    return cfg
+
+
+@pytest.fixture(autouse=True)
+def quiet_logs() -> Iterator[None]:
+    """fast-reid's loggers write to the console that pytest closes after each test."""
+    yield
+    for name in ("fastreid", "fastreid.csalr"):
+        logging.getLogger(name).handlers.clear()
+    vars(sys.modules["fastreid.utils.logger"])["setup_logger"].cache_clear()
+
+
+@pytest.fixture
+def root(tiny_data: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("FASTREID_DATASETS", str(tiny_data / "market1501"))
+    return tiny_data
+
+
+@pytest.fixture
+def script(tmp_path: Path) -> Path:
+    if REPOSITORY:
+        return Path(REPOSITORY) / "tools" / "train_net.py"
+    (tmp_path / "train_net.py").write_text(SCRIPT)
+    return tmp_path / "train_net.py"
+
+
+def test_the_package_under_test_is_the_one_that_is_meant() -> None:
+    assert not REPOSITORY or Path(REPOSITORY).resolve() in Path(str(fastreid.__file__)).resolve().parents
+
+
+def test_importing_the_plugin_registers_the_eight_architectures_and_may_be_done_again() -> None:
+    register()
+    assert set(MODEL_NAMES) <= set(META_ARCH_REGISTRY._obj_map)
+    assert META_ARCH_REGISTRY.get("Baseline") is not None
+
+
+def test_a_model_of_another_plugin_is_not_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(META_ARCH_REGISTRY._obj_map, "pcb", nn.Linear)
+    with pytest.raises(UserError, match="already has a model named 'pcb'"):
+        register()
+
+
+def test_the_names_that_fastreid_is_lent_at_import_are_taken_back() -> None:
+    import collections
+
+    assert not hasattr(collections, "Mapping") and "torch._six" not in sys.modules
+
+
+def test_the_node_has_the_keys_and_defaults_of_the_one_table() -> None:
+    cfg = get_cfg()
+    plugin.add_csalr_config(cfg)
+    ours = {key: value for key, value in cfg.leaves().items() if key.startswith("CSALR.")}
+    assert ours == {f"CSALR.{key.name.upper()}": key.default for key in keys.KEYS}
+
+
+def test_keys_are_taken_in_any_case_and_the_model_under_both_names() -> None:
+    cfg = settings("model.name", "pcb_sa", "csalr.Groups", "4", "Solver.Steps", "[1, 2]")
+    assert (cfg.MODEL.META_ARCHITECTURE, cfg.CSALR.GROUPS, cfg.SOLVER.STEPS) == ("pcb_sa", 4, [1, 2])
+    assert cfg.clone().CSALR == cfg.CSALR
+
+
+@pytest.mark.parametrize(
+    ("overrides", "told"),
+    [
+        (("CSALR.GROUP", "2"), "unknown config key 'CSALR.GROUP'. Did you mean 'CSALR.GROUPS'"),
+        (("CSALR.LANDMARKS", "12"), "'CSALR.LANDMARKS' is '12'; it must be two positive integers"),
+        (("CSALR.GROUPS",), "'CSALR.GROUPS' has no value"),
+        (("SOLVER.AMP.ENABLED", "1"), "'SOLVER.AMP.ENABLED' is 1; it must be true or false"),
+        (("SOLVER.MAX_EPOCH", "0"), "'SOLVER.MAX_EPOCH' is '0'; it must be an integer of at least 1"),
+        (("SOLVER", "1"), "'SOLVER' is a group of keys"),
+        (("MODEL.LOSSES.NAME", "('Tripletloss',)"), "Did you mean 'TripletLoss'"),
+    ],
+)
+def test_a_setting_that_cannot_be_is_one_line(overrides: tuple[str, ...], told: str) -> None:
+    with pytest.raises(UserError) as error:
+        settings(*overrides)
+    assert told in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "told"),
+    [
+        (("MODEL.NAME", "pcb_cslr"), "Did you mean 'pcb_csalr'"),
+        (("DATASETS.NAMES", "('Market1502',)"), "Did you mean 'Market1501'"),
+        (("CSALR.GROUPS", "3"), "'CSALR.GROUPS' is 3, which does not divide"),
+        (("INPUT.SIZE_TRAIN", "[0, 0]"), "must be two positive integers"),
+        (("SOLVER.OPT", "Adan"), "Did you mean 'Adam'"),
+        (("CSALR.ACCUMULATE", "2"), "inside fast-reid it must be 1"),
+        (("CSALR.AMP", "fp16"), "SOLVER.AMP.ENABLED True"),
+        pytest.param(
+            ("SOLVER.AMP.ENABLED", "True"),
+            "mixed precision needs CUDA",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is CUDA"),
+        ),
+        (("SOLVER.IMS_PER_BATCH", "64"), "more than the 44 training images"),
+    ],
+)
+def test_a_run_that_cannot_be_is_refused_in_one_line_before_it_trains(
+    overrides: tuple[str, ...], told: str, root: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError) as error:
+        plugin.Trainer(settings(*overrides, "OUTPUT_DIR", str(tmp_path)))
+    assert told in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_dataset_that_is_not_there_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("FASTREID_DATASETS", str(tmp_path / "nowhere"))
+    with pytest.raises(UserError, match=r"dataset root '.*nowhere' is not a folder"):
+        plugin.Trainer(settings())
+    monkeypatch.setenv("FASTREID_DATASETS", str(tmp_path))
+    with pytest.raises(UserError, match="dataset Market1501 cannot be read"):
+        plugin.Trainer(settings())
+
+
+def test_an_image_that_does_not_decode_is_named_before_training(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, root: Path
+) -> None:
+    for folder in ("bounding_box_train", "query", "bounding_box_test"):
+        place = tmp_path / "Market-1501-v15.09.15" / folder
+        place.mkdir(parents=True)
+        (place / "0002_c1s1_000451_03.jpg").write_bytes(b"no image")
+    monkeypatch.setenv("FASTREID_DATASETS", str(tmp_path))
+    with pytest.raises(UserError, match=r"image '.*0002_c1s1_000451_03.jpg' cannot be read \(it is no image\)"):
+        plugin.Trainer(settings())
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (None, "does not exist"),
+        ("MODEL: [", "cannot be read as YAML"),
+        ("- 1", "must hold a mapping"),
+        ("_BASE_: nowhere.yml", "names as _BASE_ does not exist"),
+        ("CSALR: !!python/object/apply:os.system ['touch ran']", "cannot be read as YAML"),
+    ],
+)
+def test_a_config_file_that_cannot_be_used_is_one_line_and_runs_no_code(
+    content: str | None, told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    if content is not None:
+        Path("given.yml").write_text(content)
+    cfg = get_cfg()
+    plugin.add_csalr_config(cfg)
+    with pytest.raises(UserError) as error:
+        cfg.merge_from_file("given.yml")
+    assert told in str(error.value) and "\n" not in str(error.value)
+    assert not Path("ran").exists()
+
+
+@pytest.mark.parametrize(("file", "name"), [("pcb_384x128_sgd.yml", "pcb"), ("pcb_rpp_384x128_sgd.yml", "pcb_rpp")])
+def test_the_papers_settings_are_those_of_section_4_2(file: str, name: str) -> None:
+    cfg = get_cfg()
+    plugin.add_csalr_config(cfg)
+    cfg.merge_from_file(own_config(file))
+    assert f"{name}_csalr" == cfg.MODEL.META_ARCHITECTURE
+    assert cfg.INPUT.SIZE_TRAIN == cfg.INPUT.SIZE_TEST == [384, 128]
+    assert (cfg.INPUT.FLIP.ENABLED, cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.MAX_EPOCH) == (True, 64, 100)
+    assert (cfg.SOLVER.OPT, cfg.SOLVER.MOMENTUM, cfg.SOLVER.WEIGHT_DECAY) == ("SGD", 0.9, 1e-4)
+    assert (cfg.SOLVER.BASE_LR * cfg.SOLVER.HEADS_LR_FACTOR, cfg.SOLVER.BASE_LR) == (0.1, 0.01)
+    assert (cfg.SOLVER.STEPS, cfg.SOLVER.GAMMA, cfg.SOLVER.WARMUP_ITERS) == ([40, 80], 0.1, 0)
+    assert (cfg.MODEL.LOSSES.CE.EPSILON, cfg.TEST.RERANK.ENABLED) == (0.0, False)
+    assert (cfg.CSALR.LANDMARKS, cfg.CSALR.GROUPS, cfg.CSALR.RPP.PCB_EPOCHS) == ((12, 8), 2, 40)
+
+
+@pytest.mark.parametrize("name", ["pcb_csalr", "pcb_rpp_csa"])
+def test_the_same_weights_give_the_same_embeddings_in_both_hosts(name: str) -> None:
+    import torchreid
+
+    from csalr_plugin.hosts.torchreid.config import default_config, set_active_config
+
+    config = default_config()
+    config.merge_from_list(["csalr.landmarks", "2,2", "csalr.stages", "3"])
+    set_active_config(config)
+    theirs = torchreid.models.build_model(name, 5, pretrained=False).eval()
+    for block in theirs.attention.values():
+        nn.init.constant_(block.alpha, 0.3)
+    ours = build_host_model(settings("MODEL.NAME", name, "MODEL.HEADS.NUM_CLASSES", 5)).eval()
+    ours.load_state_dict(theirs.state_dict())
+    pixels = torch.randint(256, (2, 3, 64, 32), dtype=torch.uint8)
+    mean, std = (torch.tensor(config.data[key]).view(3, 1, 1) for key in ("norm_mean", "norm_std"))
+    with torch.no_grad():
+        images = pixels.float()
+        given = ours({"images": images})
+        torch.testing.assert_close(given, theirs((pixels / 255 - mean) / std), rtol=1e-4, atol=1e-5)
+    assert torch.equal(images, pixels.float())  # flip test gives the same tensor again
+
+
+def test_the_losses_are_the_terms_of_equation_18_and_add_up_to_it() -> None:
+    cfg = settings("CSALR.SUPERVISION_WEIGHT", "0.5", "MODEL.HEADS.NUM_CLASSES", 5, "CSALR.STAGES", "2,3")
+    ours = build_host_model(cfg)
+    alone = build_model("pcb_csalr", 5, pretrained=False, landmarks=(2, 2), stages=(2, 3))
+    alone.load_state_dict(ours.state_dict())
+    images, identities = torch.rand(4, 3, 64, 32) * 255, torch.tensor([0, 4, 2, 2])
+    torch.manual_seed(0)
+    with EventStorage() as storage:
+        terms = ours({"images": images, "targets": identities})
+        assert 0 <= storage.latest()["cls_accuracy"][0] <= 1
+    torch.manual_seed(0)
+    each = [F.cross_entropy(logits, identities) for logits in alone((images - ours.pixel_mean) / ours.pixel_std)]
+    assert set(terms) == {"loss_F", "loss_DS_stage2", "loss_DS_stage3"}
+    torch.testing.assert_close(terms["loss_F"], sum(each[:6]))
+    torch.testing.assert_close(sum(terms.values()), sum(each[:6]) + 0.5 * sum(each[6:]))
+
+
+def test_the_hosts_other_losses_are_of_the_embedding() -> None:
+    names = "('CrossEntropyLoss', 'TripletLoss', 'CircleLoss', 'Cosface')"
+    model = build_host_model(settings("MODEL.LOSSES.NAME", names, "MODEL.HEADS.NUM_CLASSES", 3, "MODEL.NAME", "pcb"))
+    with EventStorage():
+        terms = model({"images": torch.rand(4, 3, 64, 32) * 255, "targets": torch.tensor([0, 0, 1, -1])})
+    assert set(terms) == {"loss_F", "loss_triplet", "loss_circle", "loss_cosface"}
+    assert all(torch.isfinite(term) for term in terms.values())
+
+
+def test_the_hosts_optimizer_steps_the_weights_themselves() -> None:
+    cfg = settings("SOLVER.BASE_LR", "0.1")
+    for options, moves in (({}, True), ({"contiguous": True}, False)):  # False: why the mend is there
+        layer = nn.Linear(3, 1)
+        before = layer.weight.detach().clone()
+        optimizer, _ = build_optimizer(cfg, layer, **options)
+        optimizer.zero_grad()
+        layer(torch.ones(1, 3)).sum().backward()
+        optimizer.step()
+        assert (not torch.equal(layer.weight, before)) == moves
+
+
+def test_backbone_new_layers_blocks_and_gates_have_rates_of_their_own() -> None:
+    cfg = settings("SOLVER.BASE_LR", "0.01", "CSALR.ATTENTION_LR", "0.5", "MODEL.HEADS.NUM_CLASSES", 3)
+    model = build_host_model(cfg)
+    optimizer, _ = plugin.Trainer.build_optimizer(cfg, model)
+    group_of = {id(one): group for group in optimizer.param_groups for one in group["params"]}
+    assert len(group_of) == len(list(model.parameters()))
+    for parameter, rate, decay in (
+        (model.layer1[0].conv1.weight, 0.01, 1e-4),
+        (model.conv5.layers[0].weight, 0.1, 1e-4),
+        (model.supervision["stage3"].classifier.weight, 0.05, 1e-4),
+        (model.attention["stage3"].alpha, 0.01, 0.0),
+    ):
+        group = group_of[id(parameter)]
+        assert (group["lr"], group["weight_decay"]) == (pytest.approx(rate), decay)
+
+
+def test_refined_parts_pass_through_their_phases() -> None:
+    cfg = settings("MODEL.NAME", "pcb_rpp_csalr", "CSALR.RPP.PCB_EPOCHS", 2, "CSALR.RPP.PART_CLASSIFIER_EPOCHS", 1)
+    model = build_host_model(cfg).train()
+    hook = RefinedParts(model, cfg.CSALR.RPP)
+    seen = []
+    for epoch in range(4):
+        hook.trainer = SimpleNamespace(epoch=epoch)
+        hook.before_epoch()
+        seen.append((model.refining, model.conv1.weight.requires_grad, model.bn1.training))
+        assert model.training and all(one.requires_grad for one in model.part_classifier.parameters())
+    assert seen == [(False, True, True), (False, True, True), (True, False, False), (True, True, True)]
+
+
+def test_an_error_of_the_loading_thread_reaches_the_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "set_device", lambda rank: None)  # there is none here
+
+    def batches() -> Iterator[int]:
+        yield 1
+        raise UserError("image 'x.jpg' cannot be read")
+
+    loader = data_utils.BackgroundGenerator(batches(), local_rank=0)
+    assert next(loader) == 1
+    with pytest.raises(UserError, match=r"x\.jpg"):
+        next(loader)
+
+
+def test_a_checkpoint_is_read_as_data_and_never_in_part(tmp_path: Path) -> None:
+    class Runs:
+        def __reduce__(self) -> Any:
+            return os.system, (f"touch {tmp_path / 'ran'}",)
+
+    model = build_host_model(settings("MODEL.NAME", "pcb", "MODEL.HEADS.NUM_CLASSES", 3))
+    torchreids = build_model("pcb", 7, pretrained=False)  # of another number of identities
+    files = {
+        "torchreid": {"state_dict": torchreids.state_dict(), "epoch": 3, "rank1": np.float64(0.5)},
+        "other": {"model": {"head.weight": torch.zeros(2)}},
+        "code": {"model": {}, "metric": Runs()},
+    }
+    for name, content in files.items():
+        torch.save(content, tmp_path / name)
+    Checkpointer(model).load(str(tmp_path / "torchreid"))
+    assert torch.equal(model.layer4[2].conv3.weight, torchreids.layer4[2].conv3.weight)
+    for name, told in (("other", "of another architecture"), ("code", "refused"), ("none", "is not a file")):
+        with pytest.raises(UserError, match=told):
+            Checkpointer(model).load(str(tmp_path / name))
+    with pytest.raises(UserError, match=r"--resume: .* is no checkpoint of this training"):
+        Checkpointer(model, optimizer=torch.optim.SGD(model.parameters(), lr=1)).load(str(tmp_path / "torchreid"))
+    assert not (tmp_path / "ran").exists()
+    with pytest.raises((pickle.UnpicklingError, UserError)):
+        Checkpointer(nn.Linear(1, 1)).load(str(tmp_path / "code"))
+
+
+def test_the_hosts_own_script_trains_resumes_and_evaluates_and_torchreid_agrees(
+    script: Path, root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from csalr_plugin.hosts.torchreid.config import default_config
+    from csalr_plugin.hosts.torchreid.train import train
+
+    monkeypatch.chdir(tmp_path)
+    out = tmp_path / "out"
+
+    def run(*words: str, flags: tuple[str, ...] = ()) -> int:
+        return main(
+            ["run", str(script), "--config-file", str(own_config("pcb_384x128_sgd.yml")), *flags, *TINY, *words]
+        )
+
+    def results(folder: Path) -> dict[str, float]:
+        return dict(json.loads((folder / "results.json").read_text()))
+
+    assert run("OUTPUT_DIR", str(out)) == 0
+    trained = torch.load(out / "model_final.pth", weights_only=True)
+    assert trained["epoch"] == 0 and np.isfinite(results(out)["mAP"])
+    assert run("OUTPUT_DIR", str(out)) == 2
+    assert "holds an earlier training's checkpoints" in capsys.readouterr().err
+
+    assert run("OUTPUT_DIR", str(out), "SOLVER.MAX_EPOCH", "2", flags=("--resume",)) == 0
+    resumed = torch.load(out / "model_final.pth", weights_only=True)
+    assert resumed["epoch"] == 1
+    moved = [name for name, one in trained["model"].items() if not torch.equal(one, resumed["model"][name])]
+    assert {"conv1.weight", "attention.stage3.alpha", "supervision.stage3.classifier.weight"} <= set(moved)
+
+    weights = ("MODEL.WEIGHTS", str(out / "model_final.pth"))
+    assert run("OUTPUT_DIR", str(tmp_path / "again"), *weights, flags=("--eval-only",)) == 0
+    again = results(tmp_path / "again")
+    assert again == pytest.approx(results(out), abs=1e-3)
+
+    written = settings()
+    written.merge_from_file(out / "config.yaml")
+    assert str(out) == written.OUTPUT_DIR and written.CSALR == settings().CSALR
+    images = torch.rand(2, 3, 64, 32) * 255
+    embeddings = DefaultPredictor(settings(*weights))(images)
+    assert embeddings.shape == (2, 6 * 2048)
+    torch.testing.assert_close(embeddings.norm(dim=1), torch.full((2,), 6**0.5))
+
+    config = default_config()
+    config.merge_from_file("configs/torchreid/pcb_384x128_sgd.yaml")
+    config.merge_from_list(
+        [
+            *(
+                "data.root",
+                str(root),
+                "data.save_dir",
+                str(tmp_path / "torchreid"),
+                "data.workers",
+                0,
+                "use_gpu",
+                False,
+            ),
+            *("data.height", 128, "data.width", 64, "csalr.landmarks", "2,2", "csalr.stages", "3"),
+            *("test.evaluate", True, "model.load_weights", str(out / "model_final.pth")),
+        ]
+    )
+    theirs = train(config)["market1501"]
+    assert 100 * theirs["mAP"] == pytest.approx(again["mAP"], abs=0.1)
+    assert 100 * theirs["rank-1"] == pytest.approx(again["Rank-1"], abs=0.1)
+
+
+def test_a_loss_that_is_not_finite_ends_in_one_line_with_the_weights_from_before(
+    root: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    trainer = plugin.Trainer(settings("OUTPUT_DIR", str(tmp_path), "CSALR.WARMUP", "10"))
+    weight = trainer.model.layer4[0].conv1.weight
+    rates = {group["role"]: group["lr"] for group in trainer.optimizer.param_groups if "role" in group}
+    with torch.no_grad():
+        trainer.model.conv5.layers[0].weight.fill_(float("nan"))
+    before = weight.detach().clone()
+    with pytest.raises(UserError) as error:
+        trainer.train()
+    assert "Training stopped at epoch 1, iteration 1" in str(error.value) and "\n" not in str(error.value)
+    assert torch.equal(weight, before)
+    assert "Exception during training" not in caplog.text
+    assert rates == {group["role"]: group["lr"] for group in trainer.optimizer.param_groups if "role" in group}
+
+
+def test_the_demo_trains_in_fastreid_on_the_same_data(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], root: Path
+) -> None:
+    small = f"_BASE_: {own_config(demo.FASTREID_CONFIG)}\nSOLVER: {{MAX_EPOCH: 1, IMS_PER_BATCH: 8}}\n"
+    (tmp_path / "demo.yml").write_text(small + "TEST: {EVAL_PERIOD: 1}\nCSALR: {LANDMARKS: [2, 2], STAGES: [3]}\n")
+    monkeypatch.setattr(demo, "FASTREID_CONFIG", str(tmp_path / "demo.yml"))
+    monkeypatch.setattr(demo, "make_demo_data", lambda folder, seed: root)
+    assert main(["demo", "--out", str(tmp_path / "out"), "--host", "fastreid"]) == 0
+    said = capsys.readouterr().out
+    table = said[said.rindex("pcb_csalr on the demo data") :]
+    for word in ("before training", "after training", "mAP", "rank-1", "rank-5", "rank-10", "checkpoint"):
+        assert word in table
+    assert (tmp_path / "out" / "run-1" / "model_final.pth").is_file()
+
+
+def test_reranking_works_without_a_gpu() -> None:
+    from fastreid.utils.compute_dist import build_dist
+
+    embeddings = torch.rand(30, 8)
+    distances = build_dist(embeddings[:5], embeddings[5:], metric="jaccard", k1=6, k2=2)
+    assert distances.shape == (5, 25) and np.isfinite(distances).all()
+
+
+def test_mending_twice_changes_nothing_more() -> None:
+    before = (Checkpointer.load, data_utils.read_image, SimpleTrainer.run_step)
+    compat.apply()
+    assert before == (Checkpointer.load, data_utils.read_image, SimpleTrainer.run_step)
