@@ -218,7 +218,7 @@ def test_a_study_that_was_interrupted_goes_on_with_the_samples_that_it_has(
     def interrupted(self: scale.Pass) -> harness.Sample:
         nonlocal taken
         taken += 1
-        if taken == 3 * cases + 5:  # counting, warm-up, one round, a part of the second
+        if taken == 4 * cases + 5:  # counting (twice), warm-up, one round, a part of the second
             raise KeyboardInterrupt
         return sample(self)
 
@@ -258,7 +258,8 @@ def test_bench_scale_fits_an_exponent_to_every_block(tmp_path: Path) -> None:
     assert set(results["summary"]) == set(scale.CURVES)
     for curve, figures in results["summary"].items():
         assert figures["positions"] == [192, 768], curve
-        assert figures["kept_exponent"] > 0.3 and figures["time_exponent"]["median"] > -1, curve
+        # CSALR may keep nothing that grows.
+        assert -0.1 < figures["kept_exponent"] <= scale.LINEAR and figures["time_exponent"]["median"] > -1, curve
     assert "CSALR's largest exponents" in (tmp_path / "scale.md").read_text()
     assert (tmp_path / "scale.png").read_bytes().startswith(b"\x89PNG")
 
