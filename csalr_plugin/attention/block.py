@@ -135,7 +135,7 @@ class AttentionBlock(nn.Module, ABC):
 
     def _split(self, features: Tensor) -> Tensor:
         """Channels into groups: (B, C, n) -> (B, groups, C/groups, n)."""
-        return features.unflatten(1, (self.groups, -1))  # type: ignore[no-untyped-call]
+        return split(features, self.groups)
 
     def _join(self, attended: Tensor, like: Tensor) -> Tensor:
         """Groups into a feature map, fused: (B, groups, C/groups, n) -> (B, C, H, W)."""
@@ -144,6 +144,16 @@ class AttentionBlock(nn.Module, ABC):
             return image
         with autocast_like(image):  # as wide as O is: 1000 max |V| exceeds fp16
             return self.fuse(image)
+
+
+def split(features: Tensor, groups: int) -> Tensor:
+    """(b, C, any) -> (b, groups, C/groups, any)."""
+    return features.unflatten(1, (groups, -1))  # type: ignore[no-untyped-call]
+
+
+def softmax_backward(gradient: Tensor, probabilities: Tensor, dim: int) -> Tensor:
+    """The gradient of the logits of a softmax over dimension `dim`."""
+    return torch._softmax_backward_data(gradient, probabilities, dim, probabilities.dtype)
 
 
 @contextmanager

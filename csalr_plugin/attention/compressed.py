@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from csalr_plugin.attention.block import AttentionBlock, autocast_like, full_range, observing, softmax
-from csalr_plugin.attention.low_rank import plan, split, spread_source, values
+from csalr_plugin.attention.low_rank import plan, spread_source, values
 
 
 class CompressedSelfAttention(AttentionBlock):
@@ -50,7 +50,7 @@ class CompressedSelfAttention(AttentionBlock):
             logits = self._logits(Q)  # B, groups, m, n
             B, W = softmax(logits), softmax(logits, dim=2)
             if way.at_landmarks:
-                rows = split(B.flatten(1, 2) @ X.mT, self.groups)  # B, groups, m, C
+                rows = self._split(B.flatten(1, 2) @ X.mT)  # B, groups, m, C
                 E = values(rows, self.value.weight.flatten(1), way) + cast(Tensor, self.value.bias).view(
                     self.groups, 1, -1
                 )

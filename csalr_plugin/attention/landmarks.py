@@ -49,10 +49,10 @@ class LandmarkGrid:
 
     def sizes(self) -> Tensor:
         """Positions of each landmark, (H', W')."""
-        rows, columns = torch.arange(self.rows), torch.arange(self.columns)
+        rows, columns = (torch.arange(parts, device=self.row_of.device) for parts in (self.rows, self.columns))
         return torch.outer(
-            (self.row_of[:, None] == rows.to(self.row_of.device)).sum(0),
-            (self.column_of[:, None] == columns.to(self.column_of.device)).sum(0),
+            (self.row_of[:, None] == rows).sum(0),
+            (self.column_of[:, None] == columns).sum(0),
         )
 
     def landmark_of(self) -> Tensor:

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from csalr_plugin.attention.block import softmax_backward, split
 from csalr_plugin.attention.landmarks import LandmarkGrid
 
 
@@ -263,12 +264,13 @@ class LowRankAttention(torch.autograd.Function):
                 (W_q, d_W_q, Q, d_Q, d_pooled_q, slope_q, constant_q),
                 (W_k, d_W_k, K, d_K, d_pooled_k, slope_k, constant_k),
             )
+            sizes = grid.sizes().flatten()  # m
             for part in parts(B, way):
                 for W, d_W, features, d_features, d_pooled, slope, constant in sides:
                     d_part, d_means = d_features[part], d_pooled[part]
                     if slope is not None and constant is not None:
                         d_part.addcmul_(features[part], slope.to(dtype)[:, None])
-                        d_means = d_means + grid.sizes().flatten() * constant[:, None]
+                        d_means = d_means + sizes * constant[:, None]
                     d_part += grid.pool_backward(d_means).to(dtype)
                     accumulate(d_W, d_part, X[part].to(dtype))
                     d_x[part].baddbmm_(expand(W.to(dtype).mT, d_part), d_part)
@@ -569,11 +571,6 @@ def parts(batch: int, way: Plan) -> Iterator[slice]:
         yield slice(start, start + way.images)
 
 
-def split(features: Tensor, groups: int) -> Tensor:
-    """(b, C, any) -> (b, groups, C/groups, any)."""
-    return features.unflatten(1, (groups, -1))  # type: ignore[no-untyped-call]
-
-
 def per_group(groups: int, *vectors: Tensor) -> Iterator[Tensor]:
     """(C',) each -> (groups, C'/groups, 1) each."""
     return (vector.view(groups, -1, 1) for vector in vectors)
@@ -601,11 +598,6 @@ def accumulate(total: Tensor, left: Tensor, right: Tensor) -> None:
             total.addmm_(one, other.mT)
         else:
             total += one @ other.mT
-
-
-def softmax_backward(gradient: Tensor, probabilities: Tensor, dim: int) -> Tensor:
-    """The gradient of the logits of a softmax over dimension `dim`."""
-    return torch._softmax_backward_data(gradient, probabilities, dim, probabilities.dtype)
 
 
 def no_autocast(tensor: Tensor) -> AbstractContextManager[None]:

@@ -16,6 +16,7 @@ from csalr_plugin.attention.block import (
     logit_scale,
     observing,
     soften,
+    softmax_backward,
 )
 
 
@@ -41,7 +42,7 @@ class _MapComputedAgain(torch.autograd.Function):
         for q, k, v, g in zip(Q, K, V, gradient, strict=True):
             A = (q @ k.mT).softmax(1)  # n, n
             d_v = A.mT @ g
-            d_logits = torch._softmax_backward_data(g @ v.mT, A, 1, A.dtype)
+            d_logits = softmax_backward(g @ v.mT, A, 1)
             gradients.append((d_logits @ k, d_logits.mT @ q, d_v))
         d_Q, d_K, d_V = (torch.stack(parts) for parts in zip(*gradients, strict=True))
         return d_Q, d_K, d_V

@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 import csalr_plugin
 from csalr_plugin.errors import UserError
+from csalr_plugin.files import make_writable_folder, write_json
 from csalr_plugin.version import __version__
 
 # A median of fewer rounds says little; `--quick` may have fewer, to try things out.
@@ -68,15 +69,7 @@ def prepare(options: argparse.Namespace) -> torch.device:
     if options.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: torch sees no CUDA device here; take --device cpu.")
     keep_freed_memory()
-    try:
-        options.out.mkdir(parents=True, exist_ok=True)
-        probe = options.out / f".writable-{os.getpid()}"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise UserError(
-            f"--out {str(options.out)!r} cannot be written ({error.strerror}): give another folder."
-        ) from error
+    make_writable_folder(options.out, f"--out {str(options.out)!r}")
     options.threads = options.threads or os.cpu_count() or 1
     torch.set_num_threads(options.threads)
     torch.backends.cudnn.benchmark = options.device == "cuda"  # as in training
@@ -178,9 +171,7 @@ class Results:
     def save(self) -> None:
         """Write the file; whoever stops the study finds the last complete one."""
         content = {**self.identity, "counts": self.counts, "rounds": self.rounds, "summary": self.summary}
-        written = self.path.with_name(f".{self.path.name}-{os.getpid()}")
-        written.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-        os.replace(written, self.path)
+        write_json(self.path, content)
 
     def samples(self, case: str, what: str) -> list[float]:
         """The raw samples of one case, a round each."""

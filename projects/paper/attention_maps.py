@@ -32,13 +32,14 @@ from csalr_plugin.attention.maps import (
     queries_and_keys,
 )
 from csalr_plugin.errors import UserError
+from csalr_plugin.files import write_json
 from csalr_plugin.hosts.torchreid.arguments import Parser, config_from_arguments, parse_arguments
 from csalr_plugin.hosts.torchreid.compat import read_image
 from csalr_plugin.hosts.torchreid.config import Config
 from csalr_plugin.models import build_model
 from csalr_plugin.models.weights import load_weights
 
-from .study import HERE, newest_checkpoint, read_dataset, split_overrides, write_json
+from .study import HERE, newest_checkpoint, read_dataset, split_overrides
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt

@@ -18,10 +18,11 @@ from typing import Any
 import matplotlib
 from tabulate import tabulate
 
+from csalr_plugin.files import write_json
 from csalr_plugin.hosts.torchreid.monitor import METRICS, read_metrics
 
 from .attention_maps import reconstruction_table
-from .study import CONSOLE, COST, RESULT, RUN, STUDY, epochs_done, paper, read_json, write_json
+from .study import CONSOLE, COST, RESULT, RUN, STUDY, epochs_done, paper, read_json
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt

@@ -28,6 +28,7 @@ from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from csalr_plugin.errors import UserError, suggest
+from csalr_plugin.files import write_json
 from csalr_plugin.hosts.torchreid.arguments import Parser, config_from_arguments, parse_arguments
 from csalr_plugin.hosts.torchreid.config import Config, default_config
 from csalr_plugin.version import __version__
@@ -612,13 +613,6 @@ def epochs_done(folder: Path) -> int:
     newest = newest_checkpoint(folder)
     match = re.match(r"model\.pth\.tar-(\d+)", newest.name) if newest else None
     return int(match[1]) if match else 0
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write a file in one step: it is there in full or not at all."""
-    unfinished = path.with_name(f".{path.name}.unfinished")
-    unfinished.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    os.replace(unfinished, path)
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from filelock import FileLock, Timeout
 from torch import nn
 
 from csalr_plugin.errors import UserError
+from csalr_plugin.files import make_writable_folder
 from csalr_plugin.hosts.data import decode_all
 from csalr_plugin.hosts.torchreid import register
 from csalr_plugin.hosts.torchreid.compat import read_image
@@ -265,15 +266,7 @@ def prepare(config: Config) -> None:
         )
     if config.test.visrank and not config.test.evaluate:
         raise UserError("test.visrank True is only for evaluation: add test.evaluate True.")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".writable-{os.getpid()}"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise UserError(
-            f"data.save_dir {config.data.save_dir!r} cannot be written ({error.strerror}): give another folder."
-        ) from error
+    make_writable_folder(folder, f"data.save_dir {config.data.save_dir!r}")
     if not config.test.evaluate and not config.csalr.overwrite:
         _refuse_to_overwrite(config, folder)
 
