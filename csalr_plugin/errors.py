@@ -14,6 +14,10 @@ class UserError(ValueError):
     """
 
 
+class SharedError(UserError):
+    """One that every process of a training finds: the first alone tells it."""
+
+
 def suggest(name: str, allowed: Iterable[str]) -> str:
     """Return ``" Did you mean 'x'?"`` with the names nearest to `name`, or an empty string."""
     near = difflib.get_close_matches(name, list(allowed), n=3, cutoff=0.6)

@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 import torch
 from torch import Tensor, nn
 
+from csalr_plugin.attention.batch_norm import track
 from csalr_plugin.errors import UserError
 
 
@@ -125,13 +126,8 @@ class AttentionBlock(nn.Module, ABC):
         `mean` and biased `variance`, (C_out,), are those of `count` values without the projection's bias.
         """
         norm = self.norm[name]
-        assert isinstance(norm, nn.BatchNorm1d) and norm.running_mean is not None and norm.running_var is not None
-        if not norm.track_running_stats or norm.num_batches_tracked is None:
-            return
-        norm.num_batches_tracked += 1
-        momentum = norm.momentum if norm.momentum is not None else 1 / float(norm.num_batches_tracked)
-        norm.running_mean.lerp_((mean + getattr(self, name).bias).to(norm.running_mean.dtype), momentum)
-        norm.running_var.lerp_((variance * (count / max(count - 1, 1))).to(norm.running_var.dtype), momentum)
+        assert isinstance(norm, nn.BatchNorm1d)
+        track(norm, mean + getattr(self, name).bias, variance, count)
 
     def _split(self, features: Tensor) -> Tensor:
         """Channels into groups: (B, C, n) -> (B, groups, C/groups, n)."""

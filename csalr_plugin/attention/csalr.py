@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from csalr_plugin.attention.batch_norm import SynchronisedBatchNorm, world_size
 from csalr_plugin.attention.block import AttentionBlock, observing, soften, working_type
 from csalr_plugin.attention.landmarks import LandmarkGrid
 from csalr_plugin.attention.low_rank import LowRankAttention
@@ -76,12 +77,14 @@ class CSALR(AttentionBlock):
             self.landmarks,
             self.self_attention_floor,
             None if value_norm is None else value_norm.eps,
+            isinstance(value_norm, SynchronisedBatchNorm),
             pooled,
             dtype,
         )
         if value_norm is not None:
-            positions = x[:, 0].numel()
-            marks = len(x) * LandmarkGrid(x.shape[2], x.shape[3], self.landmarks, x.device).m
+            images = len(x) * (world_size() if isinstance(value_norm, SynchronisedBatchNorm) else 1)
+            positions = images * x[0, 0].numel()
+            marks = images * LandmarkGrid(x.shape[2], x.shape[3], self.landmarks, x.device).m
             for name, count in (("query", positions), ("key", positions), ("value", marks)):
                 mean_of, variance_of, *statistics = statistics
                 self._track(name, mean_of, variance_of, count)

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from csalr_plugin.attention.batch_norm import over_processes, sum_over_processes, world_size
 from csalr_plugin.attention.block import softmax_backward, split
 from csalr_plugin.attention.landmarks import LandmarkGrid
 
@@ -76,6 +77,7 @@ class LowRankAttention(torch.autograd.Function):
         alpha: scalar gate; None: O alone is wanted.
         groups, landmarks, floor: as in `CSALR`, whose `self_attention_floor` the last is.
         eps: of batch norm by the statistics of the batch; None: no normalisation.
+        everywhere: whether these are of the batches of all processes.
         pooled: whether the mean is wanted.
         dtype: of products over n positions; what has m rows is in fp32 at least.
 
@@ -103,6 +105,7 @@ class LowRankAttention(torch.autograd.Function):
         landmarks: tuple[int, int],
         floor: float,
         eps: float | None,
+        everywhere: bool,
         pooled: bool,
         dtype: torch.dtype,
     ) -> tuple[Tensor | None, ...]:
@@ -113,13 +116,15 @@ class LowRankAttention(torch.autograd.Function):
             grid = LandmarkGrid(x.shape[2], x.shape[3], landmarks, x.device)
             way = plan(B, C, n, grid.m, groups, x.device)
             Q, K = (project(X, W, dtype, way) for W in (W_q, W_k))  # B, C', n
-            normal_q = Normalisation.over([Q[part] for part in parts(B, way)], gain_q, shift_q, eps)
-            normal_k = Normalisation.over([K[part] for part in parts(B, way)], gain_k, torch.zeros_like(gain_k), eps)
+            normal_q = Normalisation.over([Q[part] for part in parts(B, way)], gain_q, shift_q, eps, everywhere)
+            normal_k = Normalisation.over(
+                [K[part] for part in parts(B, way)], gain_k, torch.zeros_like(gain_k), eps, everywhere
+            )
             marks = Landmarks.of(Q, K, normal_q, normal_k, grid, groups)
             V = None if way.at_landmarks else project(X, W_v, dtype, way)  # B, C, n
             gathered = gather(X if V is None else V, K, marks, way)  # B, groups, m, C or c
             E = values(gathered, W_v, way)  # B, groups, m, c
-            normal_v = Normalisation.over([E.mT.flatten(1, 2)], gain_v, shift_v, eps)
+            normal_v = Normalisation.over([E.mT.flatten(1, 2)], gain_v, shift_v, eps, everywhere)
             inverse = inverse_of_dominant(raise_diagonal(marks.S_mm, floor))  # B, groups, m, m
             Z = inverse @ normal_v.apply(E)  # B, groups, m, c
             source = spread_source(Z, W_f, b_f, dtype, way)  # B, groups, m, C or c
@@ -150,7 +155,7 @@ class LowRankAttention(torch.autograd.Function):
             E if way.keeps_values else None,
             source if way.keeps_fused else None,
         )
-        ctx.settings = grid, way, groups, floor, eps, dtype
+        ctx.settings = grid, way, groups, floor, eps, everywhere, dtype
         ctx.mark_non_differentiable(*(one for one in statistics if one is not None))
         return out, mean, *statistics
 
@@ -160,15 +165,16 @@ class LowRankAttention(torch.autograd.Function):
         """From the gradients of the two outputs to those of x and of each parameter."""
         x, W_q, gain_q, shift_q, W_k, gain_k, W_v, gain_v, shift_v, W_f, b_f, alpha, *others = ctx.saved_tensors
         mean_q, variance_q, mean_k, variance_k, mean_e, variance_e, inverse, Q, K, gathered, E, source = others
-        grid, way, groups, floor, eps, dtype = ctx.settings
+        grid, way, groups, floor, eps, everywhere, dtype = ctx.settings
         with no_autocast(x):
             X = x.flatten(2)  # B, C, n
             B, _, n = X.shape
             if Q is None:
                 Q, K = (project(X, W, dtype, way) for W in (W_q, W_k))
-            normal_q = Normalisation(gain_q, shift_q, mean_q, variance_q, eps, B * n)
-            normal_k = Normalisation(gain_k, torch.zeros_like(gain_k), mean_k, variance_k, eps, B * n)
-            normal_v = Normalisation(gain_v, shift_v, mean_e, variance_e, eps, B * grid.m)
+            images = B * (world_size() if everywhere else 1)
+            normal_q = Normalisation(gain_q, shift_q, mean_q, variance_q, eps, images * n, everywhere)
+            normal_k = Normalisation(gain_k, torch.zeros_like(gain_k), mean_k, variance_k, eps, images * n, everywhere)
+            normal_v = Normalisation(gain_v, shift_v, mean_e, variance_e, eps, images * grid.m, everywhere)
             marks = Landmarks.of(Q, K, normal_q, normal_k, grid, groups)
             V = None
             if not way.at_landmarks:
@@ -277,7 +283,7 @@ class LowRankAttention(torch.autograd.Function):
         d_x = d_x.to(x.dtype).view_as(x)
         return (
             *(d_x, d_W_q, d_gain_q, d_shift_q, d_W_k, d_gain_k, d_W_v, d_gain_v, d_shift_v, d_W_f, d_b_f, d_alpha),
-            *(None,) * 6,
+            *(None,) * 7,
         )
 
 
@@ -290,9 +296,16 @@ class Normalisation:
     """
 
     def __init__(
-        self, gain: Tensor, shift: Tensor, mean: Tensor | None, variance: Tensor | None, eps: float | None, count: int
+        self,
+        gain: Tensor,
+        shift: Tensor,
+        mean: Tensor | None,
+        variance: Tensor | None,
+        eps: float | None,
+        count: int,
+        everywhere: bool,
     ) -> None:
-        self.gain, self.shift, self.count = gain, shift, count
+        self.gain, self.shift, self.count, self.everywhere = gain, shift, count, everywhere
         self.mean, self.variance = mean, variance
         self.scale, self.offset = gain, shift
         self.inverse_deviation: Tensor | None = None
@@ -302,12 +315,17 @@ class Normalisation:
             self.offset = shift - self.scale * mean
 
     @classmethod
-    def over(cls, chunks: Sequence[Tensor], gain: Tensor, shift: Tensor, eps: float | None) -> Normalisation:
-        """By the statistics of `chunks`, each (b, channels, positions); without any where `eps` is None."""
+    def over(
+        cls, chunks: Sequence[Tensor], gain: Tensor, shift: Tensor, eps: float | None, everywhere: bool
+    ) -> Normalisation:
+        """By the statistics of `chunks`, each (b, channels, positions); without any where `eps` is None.
+
+        `everywhere`: of the chunks of all processes.
+        """
         positions = chunks[0].shape[2]
         count = sum(map(len, chunks)) * positions
         if eps is None:
-            return cls(gain, shift, None, None, None, count)
+            return cls(gain, shift, None, None, None, count, everywhere)
         # Each image's own mean first (Chan et al., 1979): the difference of two large sums would lose digits.
         means, squares = [], []
         for chunk in chunks:
@@ -316,8 +334,10 @@ class Normalisation:
             squares.append(torch.linalg.vector_norm(chunk - mean[:, :, None], dim=2).square())
         each = torch.cat(means)  # B, channels
         mean = each.mean(0)
-        variance = (torch.cat(squares) + positions * (each - mean).square()).sum(0) / count
-        return cls(gain, shift, mean, variance, eps, count)
+        deviations = (torch.cat(squares) + positions * (each - mean).square()).sum(0)
+        if everywhere:
+            mean, deviations, count = over_processes(mean, deviations, count)
+        return cls(gain, shift, mean, deviations / count, eps, count, everywhere)
 
     def largest(self, features: Tensor) -> Tensor:
         """A bound on the size of any normalised feature, from the raw ones, of any shape: scalar."""
@@ -349,10 +369,13 @@ class Normalisation:
         if self.inverse_deviation is None or self.mean is None:
             return d_scale, d_offset, None, None
         d_scale = d_scale - d_offset * self.mean  # offset = shift - scale * mean
+        d_gain, d_shift = d_scale * self.inverse_deviation, d_offset
+        if self.everywhere:  # mean and variance act on every process's features
+            d_scale, d_offset = sum_over_processes(d_scale, d_offset)
         d_variance = -0.5 * d_scale * self.scale * self.inverse_deviation.square()
         d_mean = -d_offset * self.scale
         slope = 2 * d_variance / self.count
-        return d_scale * self.inverse_deviation, d_offset, slope, d_mean / self.count - slope * self.mean
+        return d_gain, d_shift, slope, d_mean / self.count - slope * self.mean
 
 
 class Landmarks(NamedTuple):
