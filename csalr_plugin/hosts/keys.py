@@ -159,8 +159,13 @@ KEYS = (
     ),
     Key("supervision_weight", 1.0, number(0), "lambda of Eq. 18: weight of the supervision branches' losses"),
     Key("pretrained_weights", "", TEXT, "a torchvision ResNet-50 state dict; empty: a download"),
-    Key("attention_lr", 1.0, number(above=0), "learning rate of blocks and branches, times train.lr"),
-    Key("gate_lr", 0.1, number(0), "learning rate of the gates alpha, times train.lr"),
+    Key(
+        "attention_lr",
+        1.0,
+        number(above=0),
+        "learning rate of blocks and branches, times that of new layers",
+    ),
+    Key("gate_lr", 0.1, number(0), "learning rate of the gates alpha, times that of new layers"),
     Key("clip_gradient", 1.0, number(0), "largest gradient norm of a block; 0: no clipping"),
     Key("warmup", 100, integer(0), "optimizer steps over which the learning rate of blocks, branches and gates rises"),
     Key(
@@ -168,6 +173,12 @@ KEYS = (
         1,
         integer(1),
         "batches to one optimizer step; batch norm and the triplet loss still see one batch at a time",
+    ),
+    Key(
+        "sync_batch_norm",
+        False,
+        BOOLEAN,
+        "batch norm sees the batches of all processes (torchrun), not its own process's alone",
     ),
     Key(
         "amp",
