@@ -7,6 +7,7 @@ every process finds is told once.
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 import warnings
@@ -219,15 +220,22 @@ def is_lost(error: BaseException) -> bool:
 def run_under_torchrun(command: Sequence[str], processes: int, machines: int, machine: int, address: str) -> int:
     """Start `command` in `processes` processes on this machine, one of `machines`; return the exit code.
 
+    Errors are told by the processes themselves, not by torchrun.
+
     Args:
         command: program and arguments.
         processes: on each machine.
         machines, machine: how many there are, and which this one is, from 0.
         address: "tcp://HOST:PORT" of the first machine; unused for one machine.
+
+    Raises:
+        UserError: the machines cannot meet, or the processes were killed.
     """
     from torch.distributed import run
+    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
+    logging.getLogger("torch.distributed.elastic.multiprocessing.api").setLevel(logging.CRITICAL)
     words = ["--nproc-per-node", str(processes), "--no-python"]
     if machines == 1:
         words += ["--master-addr", "127.0.0.1", "--master-port", str(_free_port())]
@@ -241,7 +249,19 @@ def run_under_torchrun(command: Sequence[str], processes: int, machines: int, ma
         run.main([*words, *command])
     except ChildFailedError as error:
         codes = [failure.exitcode for failure in error.failures.values()]
-        return next((code for code in codes if code > 0), 1)  # the process itself has said why
+        if code := next((code for code in codes if code > 0), 0):
+            return code  # the process itself has said why
+        raise UserError(
+            f"Training stopped: its processes were killed by signal {-codes[0]}, by someone or for want of memory; "
+            "go on from the last checkpoint with --resume."
+        ) from None
+    except SignalException as error:
+        return 128 + int(error.sigval)
+    except distributed.DistError as error:
+        raise UserError(
+            f"--dist-url '{address}': {machines} machines cannot meet there ({_first_line(error)}); give all of them "
+            "the address of the one with --machine-rank 0, and a free port."
+        ) from error
     return 0
 
 
