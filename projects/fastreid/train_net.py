@@ -55,4 +55,5 @@ if __name__ == "__main__":
             args=(args,),
         )
     except UserError as error:
-        sys.exit(f"train_net.py: error: {error}")
+        print(f"train_net.py: error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -81,6 +81,8 @@ def apply() -> None:
         rerank_without_cuda,
         refuse_unreadable_images,
         read_weights_only,
+        print_short_trainings,
+        launch_without_cuda,
     ):
         mend()
     host().csalr_plugin_mended = True  # type: ignore[attr-defined]
@@ -221,6 +223,28 @@ def read_weights_only() -> None:
         return None
 
     checkpointer.load, checkpointer._load_file, checkpointer._load_model = load_checked, _load_file, _load_model
+
+
+def print_short_trainings() -> None:
+    """Let a training of fewer than three iterations be printed twice at one of them, a division by zero."""
+    events = _module("utils.events")
+    printer: Any = events.CommonMetricPrinter
+    write = printer.write
+
+    def write_again(self: Any) -> None:
+        if self._last_write and self._last_write[0] == events.get_event_storage().iter:
+            self._last_write = None
+        write(self)
+
+    printer.write = write_again
+
+
+def launch_without_cuda() -> None:
+    """Let `launch` start several processes, of any script, with CUDA or without, and the flags say how many."""
+    from csalr_plugin.hosts.fastreid import launch
+
+    engine: Any = _module("engine")
+    engine.launch, engine.default_argument_parser = launch.launch, launch.default_argument_parser
 
 
 def _check(checkpointer: Any, path: str, *, resuming: bool) -> None:

@@ -14,6 +14,7 @@ from fastreid.data.datasets import DATASET_REGISTRY
 from fastreid.modeling.meta_arch import META_ARCH_REGISTRY
 
 import csalr_plugin
+from csalr_plugin.attention.batch_norm import world_size
 from csalr_plugin.errors import UserError, suggest
 from csalr_plugin.hosts import keys
 from csalr_plugin.hosts.config import CheckedConfig
@@ -169,11 +170,38 @@ def validate(cfg: CfgNode) -> None:
             "config key 'SOLVER.AMP.ENABLED' is True, and fast-reid's mixed precision needs CUDA, which is not there; "
             "set it to False, or CSALR.AMP bf16, which needs none."
         )
+    if ours.SYNC_BATCH_NORM and cfg.MODEL.META_ARCHITECTURE not in MODEL_NAMES:
+        raise UserError(
+            f"config key 'CSALR.SYNC_BATCH_NORM' is True, and {cfg.MODEL.META_ARCHITECTURE} is fast-reid's own model; "
+            "set it to False, and MODEL.BACKBONE.NORM and MODEL.HEADS.NORM to syncBN."
+        )
+    _check_shares(cfg, world_size())
     root = Path(os.environ.get("FASTREID_DATASETS", "datasets"))
     if not root.is_dir():
         raise UserError(
             f"dataset root '{root}' is not a folder: set the environment variable FASTREID_DATASETS to the folder that "
             "holds the datasets."
+        )
+
+
+def _check_shares(cfg: CfgNode, processes: int) -> None:
+    """Check that each process has its share of every batch; the samplers would make smaller ones, or wait for ever."""
+    batch = cfg.SOLVER.IMS_PER_BATCH
+    if batch % processes or batch < 2 * processes:
+        raise UserError(
+            f"config key 'SOLVER.IMS_PER_BATCH' is {batch}, the images of all {processes} processes; it must be a "
+            f"multiple of {processes}, at least {2 * processes}: give {max(2, -(-batch // processes)) * processes}."
+        )
+    share, sampler = batch // processes, cfg.DATALOADER.SAMPLER_TRAIN
+    if sampler in ("NaiveIdentitySampler", "BalancedIdentitySampler") and share % cfg.DATALOADER.NUM_INSTANCE:
+        raise UserError(
+            f"config key 'DATALOADER.NUM_INSTANCE' is {cfg.DATALOADER.NUM_INSTANCE}; {sampler} needs a divisor of "
+            f"{share}, the images of a batch in each process: SOLVER.IMS_PER_BATCH {batch} shared among {processes}."
+        )
+    if processes > cfg.TEST.IMS_PER_BATCH:
+        raise UserError(
+            f"config key 'TEST.IMS_PER_BATCH' is {cfg.TEST.IMS_PER_BATCH}, less than the {processes} processes that "
+            f"share it; give {processes} or more."
         )
 
 

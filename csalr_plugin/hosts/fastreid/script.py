@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,8 @@ def run_script(path: str | Path, argv: Sequence[str]) -> None:
         return cfg
 
     with ExitStack() as stack:
+        if os.environ.get("RANK", "0") != "0":  # the first process alone prints, from the script's first line on
+            stack.enter_context(redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
         stack.enter_context(interpreter_state(script.parent))
         stack.enter_context(replaced(fastreid.config, {"get_cfg": get_cfg}))
         stack.enter_context(replaced(fastreid.engine, {"DefaultTrainer": Trainer}))

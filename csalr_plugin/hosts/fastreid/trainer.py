@@ -6,6 +6,10 @@ import json
 import logging
 import math
 import os
+import signal
+import sys
+import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +18,20 @@ from fastreid.config import CfgNode
 from fastreid.data import build as host_data
 from fastreid.data import data_utils
 from fastreid.data.datasets import DATASET_REGISTRY
-from fastreid.engine import DefaultTrainer
+from fastreid.engine import DefaultTrainer, defaults
 from fastreid.engine.train_loop import HookBase
 from fastreid.solver import build_optimizer
 from fastreid.utils import comm
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from csalr_plugin.attention.batch_norm import synchronise, world_size
 from csalr_plugin.errors import UserError
 from csalr_plugin.hosts.data import decode_all
+from csalr_plugin.hosts.distributed import gathered, is_lost, one_first, share_buffers, together
 from csalr_plugin.hosts.fastreid.config import validate
+from csalr_plugin.hosts.fastreid.launch import gone
+from csalr_plugin.hosts.script import replaced
 from csalr_plugin.hosts.training import WarmUp, clip_gradients
 from csalr_plugin.models import PCB, RefinedPCB
 from csalr_plugin.models.cost import count_gmacs, count_parameters
@@ -41,10 +49,14 @@ class Trainer(DefaultTrainer):  # type: ignore[misc]  # fast-reid carries no typ
         UserError: for anything that the user gave and that cannot be used, before training starts.
     """
 
+    told_to_stop = False
+
     def __init__(self, cfg: CfgNode) -> None:
-        validate(cfg)
-        check_data(cfg)
-        super().__init__(cfg)
+        with together():
+            validate(cfg)
+            check_data(cfg)
+        with replaced(defaults, {"DistributedDataParallel": partial(_in_several_processes, cfg)}):
+            super().__init__(cfg)
         network = self.model.module if isinstance(self.model, DistributedDataParallel) else self.model
         self.warm_up = WarmUp(self.optimizer, cfg.CSALR.WARMUP)
         if isinstance(network, PCB):
@@ -86,7 +98,7 @@ class Trainer(DefaultTrainer):  # type: ignore[misc]  # fast-reid carries no typ
             cfg = cfg.clone()
             cfg.defrost()
             cfg.MODEL.DEVICE = "cpu"
-        model: nn.Module = super().build_model(cfg)
+        model: nn.Module = one_first(partial(super().build_model, cfg))
         if isinstance(model, PCB):
             gmacs = count_gmacs(model.eval(), *cfg.INPUT.SIZE_TEST)
             model.train()
@@ -143,38 +155,63 @@ class Trainer(DefaultTrainer):  # type: ignore[misc]  # fast-reid carries no typ
         Raises:
             UserError: there is such a folder, or a checkpoint cannot be used.
         """
-        if not resume and self.checkpointer.has_checkpoint() and not self.cfg.CSALR.OVERWRITE:
+        with together():
+            if not resume and self.checkpointer.has_checkpoint() and not self.cfg.CSALR.OVERWRITE:
+                raise UserError(
+                    f"OUTPUT_DIR '{self.cfg.OUTPUT_DIR}' holds an earlier training's checkpoints: give another folder, "
+                    "go on with --resume, or replace them with CSALR.OVERWRITE True."
+                )
+            super().resume_or_load(resume)
+        if len(epochs := set(gathered(self.start_epoch))) > 1:
             raise UserError(
-                f"OUTPUT_DIR '{self.cfg.OUTPUT_DIR}' holds an earlier training's checkpoints: give another folder, go "
-                "on with --resume, or replace them with CSALR.OVERWRITE True."
+                f"--resume: the machines would go on from different epochs ({', '.join(map(str, sorted(epochs)))}); "
+                f"OUTPUT_DIR '{self.cfg.OUTPUT_DIR}' must be a folder that all of them share."
             )
-        super().resume_or_load(resume)
 
     def train(self) -> Any:
         """The host's training; one that is done already is only evaluated.
 
         Raises:
-            UserError: for a loss or gradient that is not finite, or an image that does not decode.
+            UserError: for a loss or gradient that is not finite, an image that does not decode, or a process that is
+                gone.
         """
         if self.start_epoch >= self.max_epoch:
             return self.test(self.cfg, self.model)
+        if world_size() > 1:
+            # When one process dies, torchrun tells the others to stop, before they have noticed it themselves.
+            signal.signal(signal.SIGTERM, self._stop)
         loop_logger = logging.getLogger("fastreid.engine.train_loop")
         loop_logger.addFilter(_without_trace)
         try:
             return super().train()
+        except RuntimeError as error:
+            if is_lost(error):
+                raise gone(self.checkpointer.get_checkpoint_file()) from error
+            raise
         finally:
             loop_logger.removeFilter(_without_trace)
 
+    def _stop(self, *_: object) -> None:
+        self.told_to_stop = True  # seen at the next step: no checkpoint is left half written
+
+    def after_train(self) -> None:
+        """The host's, which may evaluate; not after an error, for the other processes do not come."""
+        if world_size() == 1 or sys.exc_info()[0] is None:
+            super().after_train()
+
     def run_step(self) -> None:
         """One step of the host's, with the warm-up of blocks and gates."""
+        if self.told_to_stop:
+            raise gone(self.checkpointer.get_checkpoint_file())
+        wrong, cause = "", None
         try:
             with self.warm_up.at(self.iter):
                 super().run_step()
-        except FloatingPointError as error:
-            terms = ", ".join(str(error).splitlines()[1:])
-            raise UserError(self._not_finite(terms or "the loss is not finite")) from error
-        except _GradientError as error:
-            raise UserError(self._not_finite(str(error))) from error
+        except (FloatingPointError, _GradientError) as error:
+            wrong, cause = ", ".join(str(error).splitlines()[1:]) or str(error), error
+        with together():  # the first process alone looks at the loss
+            if wrong:
+                raise UserError(self._not_finite(wrong)) from cause
 
     def _not_finite(self, what: str) -> str:
         last = self.checkpointer.get_checkpoint_file()
@@ -186,7 +223,8 @@ class Trainer(DefaultTrainer):  # type: ignore[misc]  # fast-reid carries no typ
 
     @classmethod
     def test(cls, cfg: CfgNode, model: nn.Module) -> Any:
-        """The host's evaluation, its results also in OUTPUT_DIR/results.json."""
+        """The host's evaluation of the first process's model, its results also in OUTPUT_DIR/results.json."""
+        share_buffers(model)
         results = super().test(cfg, model)
         if comm.is_main_process() and cfg.OUTPUT_DIR:
             folder = Path(cfg.OUTPUT_DIR)
@@ -194,6 +232,20 @@ class Trainer(DefaultTrainer):  # type: ignore[misc]  # fast-reid carries no typ
             numbers = json.dumps(results, indent=2, default=float)
             (folder / "results.json").write_text(numbers + "\n", encoding="utf-8")
         return results
+
+
+def _in_several_processes(cfg: CfgNode, model: nn.Module, device_ids: list[int], **options: Any) -> nn.Module:
+    """What the host calls for torch's wrapper, which takes device_ids with a GPU only."""
+    if cfg.CSALR.SYNC_BATCH_NORM:
+        synchronise(model)
+    on_gpu = next(model.parameters()).is_cuda
+    # Phases of refined parts freeze layers; without cross entropy no loss reaches the classifiers.
+    unused = isinstance(model, RefinedPCB) or "CrossEntropyLoss" not in cfg.MODEL.LOSSES.NAME
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")  # of the host's options
+        return DistributedDataParallel(
+            model, device_ids=device_ids if on_gpu else None, find_unused_parameters=unused, **options
+        )
 
 
 def _role(name: str) -> str:
@@ -279,5 +331,6 @@ def check_data(cfg: CfgNode) -> None:
 
 
 def _without_trace(record: logging.LogRecord) -> bool:
-    """Whether the host's log takes a record: not the stack trace of a user's mistake, which is told in one line."""
-    return not (record.exc_info and isinstance(record.exc_info[1], UserError))
+    """Whether the host's log takes a record: not the stack trace of what is told in one line."""
+    error = record.exc_info[1] if record.exc_info else None
+    return error is None or not (isinstance(error, UserError) or is_lost(error))
