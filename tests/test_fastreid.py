@@ -38,7 +38,7 @@ for needed in ("fastreid", "faiss", "sklearn", "termcolor"):
 
 import csalr_plugin.hosts.fastreid as plugin
 from csalr_plugin.hosts.fastreid import compat
-from csalr_plugin.hosts.fastreid.config import own_config
+from csalr_plugin.hosts.fastreid.config import _check_shares, own_config, validate
 from csalr_plugin.hosts.fastreid.meta_architecture import register
 from csalr_plugin.hosts.fastreid.trainer import RefinedParts
 
@@ -52,7 +52,7 @@ from fastreid.modeling import build_model as build_host_model
 from fastreid.modeling.meta_arch import META_ARCH_REGISTRY
 from fastreid.solver import build_optimizer
 from fastreid.utils.checkpoint import Checkpointer
-from fastreid.utils.events import EventStorage
+from fastreid.utils.events import CommonMetricPrinter, EventStorage
 
 TINY = (
     *("MODEL.DEVICE", "cpu", "MODEL.BACKBONE.PRETRAIN", "False", "CSALR.LANDMARKS", "2,2", "CSALR.STAGES", "3"),
@@ -189,6 +189,10 @@ def test_a_setting_that_cannot_be_is_one_line(overrides: tuple[str, ...], told: 
             marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is CUDA"),
         ),
         (("SOLVER.IMS_PER_BATCH", "64"), "more than the 44 training images"),
+        (
+            ("DATALOADER.SAMPLER_TRAIN", "NaiveIdentitySampler", "DATALOADER.NUM_INSTANCE", "1"),
+            "has 8 identities, more than the 4",
+        ),
     ],
 )
 def test_a_run_that_cannot_be_is_refused_in_one_line_before_it_trains(
@@ -491,6 +495,55 @@ def test_reranking_works_without_a_gpu() -> None:
     embeddings = torch.rand(30, 8)
     distances = build_dist(embeddings[:5], embeddings[5:], metric="jaccard", k1=6, k2=2)
     assert distances.shape == (5, 25) and np.isfinite(distances).all()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "processes", "told"),
+    [
+        (("SOLVER.IMS_PER_BATCH", "9"), 2, "'SOLVER.IMS_PER_BATCH' is 9, the images of all 2 processes; .* give 10"),
+        (("SOLVER.IMS_PER_BATCH", "4"), 4, "'SOLVER.IMS_PER_BATCH' is 4, .* at least 8: give 8"),
+        (("TEST.IMS_PER_BATCH", "1"), 2, "'TEST.IMS_PER_BATCH' is 1, less than the 2 processes"),
+        (("DATALOADER.SAMPLER_TRAIN", "NaiveIdentitySampler", "DATALOADER.NUM_INSTANCE", "4"), 1, ""),
+        (("DATALOADER.SAMPLER_TRAIN", "BalancedIdentitySampler", "DATALOADER.NUM_INSTANCE", "8"), 2, "divisor of 4"),
+    ],
+)
+def test_a_batch_that_the_processes_cannot_share_is_one_line(
+    overrides: tuple[str, ...], processes: int, told: str
+) -> None:
+    given = settings(*overrides)
+    if not told:
+        _check_shares(given, processes)
+        return
+    with pytest.raises(UserError, match=told) as error:
+        _check_shares(given, processes)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("gpus", "options", "told"),
+    [
+        (0, {"num_machines": 2, "machine_rank": 2}, "--machine-rank 2 is no machine's number: .* are 0 to 1"),
+        (0, {"num_machines": 2, "dist_url": "auto"}, "--dist-url 'auto' must be tcp://HOST:PORT"),
+        (0, {"args": (SimpleNamespace(num_processes=0),)}, "--num-processes 0 must be a positive integer"),
+        (4096, {}, "--num-gpus 4096: this machine has"),
+    ],
+)
+def test_processes_that_cannot_be_started_are_one_line(gpus: int, options: dict[str, Any], told: str) -> None:
+    with pytest.raises(UserError, match=told):
+        fastreid.engine.launch(lambda *_: None, gpus, **options)
+
+
+def test_fastreids_own_models_are_told_to_use_its_own_common_batch_norm(root: Path) -> None:
+    with pytest.raises(UserError, match=r"MODEL\.BACKBONE\.NORM and MODEL\.HEADS\.NORM to syncBN"):
+        validate(settings("MODEL.NAME", "Baseline", "CSALR.SYNC_BATCH_NORM", "True"))
+
+
+def test_a_training_of_one_iteration_may_be_printed_twice() -> None:
+    printer = CommonMetricPrinter(max_iter=2)
+    with EventStorage() as storage:
+        storage.epoch = 0
+        printer.write()
+        printer.write()
 
 
 def test_mending_twice_changes_nothing_more() -> None:

@@ -48,6 +48,8 @@ _HOST_CHECKS = {
     "TEST.METRIC": one_of("cosine", "euclidean"),
 }
 
+IDENTITY_SAMPLERS = ("NaiveIdentitySampler", "BalancedIdentitySampler")
+
 # Keys of the plugin that only another value than this one needs what fast-reid's loop does not do.
 _LEFT_TO_THE_HOST = {
     "ACCUMULATE": (1, "fast-reid makes an optimizer step of every batch"),
@@ -193,7 +195,7 @@ def _check_shares(cfg: CfgNode, processes: int) -> None:
             f"multiple of {processes}, at least {2 * processes}: give {max(2, -(-batch // processes)) * processes}."
         )
     share, sampler = batch // processes, cfg.DATALOADER.SAMPLER_TRAIN
-    if sampler in ("NaiveIdentitySampler", "BalancedIdentitySampler") and share % cfg.DATALOADER.NUM_INSTANCE:
+    if sampler in IDENTITY_SAMPLERS and share % cfg.DATALOADER.NUM_INSTANCE:
         raise UserError(
             f"config key 'DATALOADER.NUM_INSTANCE' is {cfg.DATALOADER.NUM_INSTANCE}; {sampler} needs a divisor of "
             f"{share}, the images of a batch in each process: SOLVER.IMS_PER_BATCH {batch} shared among {processes}."

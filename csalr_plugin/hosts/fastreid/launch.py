@@ -59,9 +59,8 @@ def launch(
     if "LOCAL_WORLD_SIZE" in os.environ and os.environ.get("WORLD_SIZE", "1") != "1":
         _join(lambda: main_func(*args), use_gpu=num_gpus_per_machine > 0)
         return
-    processes = _processes(
-        num_gpus_per_machine, next((a.num_processes for a in args if hasattr(a, "num_processes")), 1)
-    )
+    without_gpu = next((one.num_processes for one in args if hasattr(one, "num_processes")), 1)
+    processes = _processes(num_gpus_per_machine, without_gpu)
     if not 0 <= machine_rank < num_machines:
         raise UserError(
             f"--machine-rank {machine_rank} is no machine's number: those of --num-machines {num_machines} are 0 to "
@@ -107,9 +106,8 @@ def _join(main: Callable[[], Any], use_gpu: bool) -> None:
             raise
         sys.exit(130)
     except (UserError, RuntimeError) as error:
-        signal.signal(
-            signal.SIGTERM, signal.SIG_IGN
-        )  # torchrun stops it when another ends, and it has something to say
+        # torchrun stops it when another process ends, and it has something to say first.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
         cause = error.__cause__
         if is_lost(error):
             error, cause = gone(), error

@@ -29,7 +29,7 @@ from csalr_plugin.attention.batch_norm import synchronise, world_size
 from csalr_plugin.errors import UserError
 from csalr_plugin.hosts.data import decode_all
 from csalr_plugin.hosts.distributed import gathered, is_lost, one_first, share_buffers, together
-from csalr_plugin.hosts.fastreid.config import validate
+from csalr_plugin.hosts.fastreid.config import IDENTITY_SAMPLERS, validate
 from csalr_plugin.hosts.fastreid.launch import gone
 from csalr_plugin.hosts.script import replaced
 from csalr_plugin.hosts.training import WarmUp, clip_gradients
@@ -49,7 +49,7 @@ class Trainer(DefaultTrainer):  # type: ignore[misc]  # fast-reid carries no typ
         UserError: for anything that the user gave and that cannot be used, before training starts.
     """
 
-    told_to_stop = False
+    told_to_stop = False  # by a signal
 
     def __init__(self, cfg: CfgNode) -> None:
         with together():
@@ -68,7 +68,7 @@ class Trainer(DefaultTrainer):  # type: ignore[misc]  # fast-reid carries no typ
         """The host's loader, from the dataset root that the environment names now, not when it was imported.
 
         Raises:
-            UserError: the training images do not fill one batch.
+            UserError: the training images do not fill one batch, or their identities one of an identity sampler's.
         """
         host_data._root = _root()
         loader = super().build_train_loader(cfg)
@@ -76,6 +76,13 @@ class Trainer(DefaultTrainer):  # type: ignore[misc]  # fast-reid carries no typ
             raise UserError(
                 f"config key 'SOLVER.IMS_PER_BATCH' is {cfg.SOLVER.IMS_PER_BATCH}, more than the "
                 f"{len(loader.dataset)} training images of {', '.join(cfg.DATASETS.NAMES)}; give a smaller batch."
+            )
+        identities = cfg.SOLVER.IMS_PER_BATCH // cfg.DATALOADER.NUM_INSTANCE
+        if cfg.DATALOADER.SAMPLER_TRAIN in IDENTITY_SAMPLERS and loader.dataset.num_classes < identities:
+            raise UserError(  # else the sampler looks for them for ever
+                f"config key 'DATALOADER.NUM_INSTANCE' is {cfg.DATALOADER.NUM_INSTANCE}, so a batch of "
+                f"SOLVER.IMS_PER_BATCH {cfg.SOLVER.IMS_PER_BATCH} has {identities} identities, more than the "
+                f"{loader.dataset.num_classes} of {', '.join(cfg.DATASETS.NAMES)}; give a smaller batch."
             )
         return loader
 

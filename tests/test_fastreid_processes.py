@@ -1,0 +1,252 @@
+"""fast-reid in several processes: as one process trains, told once, ended when one dies, resumed with another number.
+
+Each run is a command of its own. With FASTREID_REPO, the path of a checkout of JDAI-CV/fast-reid, that one trains.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from csalr_plugin.hosts.distributed import _free_port
+from csalr_plugin.models import build_model
+
+REPOSITORY = os.environ.get("FASTREID_REPO", "")
+for needed in ("fastreid", "faiss", "sklearn", "termcolor"):
+    if importlib.util.find_spec(needed) is None and not (needed == "fastreid" and REPOSITORY):
+        pytest.skip(f"fast-reid is not installed: there is no {needed}", allow_module_level=True)
+
+PROJECT = Path(__file__).parents[1] / "projects" / "fastreid"
+CONFIG = ("--config-file", str(PROJECT / "configs" / "pcb_384x128_sgd.yml"))
+RPP_CONFIG = ("--config-file", str(PROJECT / "configs" / "pcb_rpp_384x128_sgd.yml"))
+TWO = ("--num-gpus", "0", "--num-processes", "2")
+TINY = (
+    *("MODEL.DEVICE", "cpu", "MODEL.BACKBONE.PRETRAIN", "False", "CSALR.LANDMARKS", "2,2", "CSALR.STAGES", "3"),
+    *("INPUT.SIZE_TRAIN", "[64, 32]", "INPUT.SIZE_TEST", "[64, 32]", "DATALOADER.NUM_WORKERS", "0"),
+    *("SOLVER.IMS_PER_BATCH", "16", "SOLVER.BASE_LR", "0.001", "SOLVER.MAX_EPOCH", "1"),
+    *("SOLVER.CHECKPOINT_PERIOD", "1", "TEST.EVAL_PERIOD", "1", "OUTPUT_DIR", "out"),
+)
+
+# A train script of the shape of the host's tools/train_net.py, which the PyPI package leaves out.
+SCRIPT = """
+from fastreid.config import get_cfg
+from fastreid.engine import DefaultTrainer, default_argument_parser, default_setup, launch
+
+def main(args):
+    cfg = get_cfg()
+    cfg.merge_from_file(args.config_file)
+    cfg.merge_from_list(args.opts)
+    cfg.freeze()
+    default_setup(cfg, args)
+    trainer = DefaultTrainer(cfg)
+    trainer.resume_or_load(resume=args.resume)
+    return trainer.train()
+
+if __name__ == "__main__":
+    args = default_argument_parser().parse_args()
+    print("Command Line Args:", args)
+    launch(main, args.num_gpus, num_machines=args.num_machines, machine_rank=args.machine_rank,
+           dist_url=args.dist_url, args=(args,))
+"""
+
+# The Trainer with its model, optimizer and wrapper, fed with given batches and the same random state everywhere.
+STEPS = """
+import torch
+from csalr_plugin.hosts.distributed import draw_as_one, rank, world_size
+from csalr_plugin.hosts.fastreid import Trainer, add_csalr_config
+from fastreid.config import get_cfg
+from fastreid.engine import default_argument_parser, launch
+from fastreid.utils.events import EventStorage
+
+def main(args):
+    cfg = get_cfg()
+    add_csalr_config(cfg)
+    cfg.merge_from_file(args.config_file)
+    cfg.merge_from_list(args.opts)
+    trainer = Trainer(cfg)
+    trainer.resume_or_load(resume=False)
+    draw_as_one(trainer.model)
+    batches = [[one.chunk(world_size())[rank()] for one in batch] for batch in torch.load("batches.pt")]
+    trainer._trainer._data_loader_iter = iter([{"images": each, "targets": names} for each, names in batches])
+    with EventStorage(0):
+        for trainer.iter in range(len(batches)):
+            torch.manual_seed(trainer.iter)
+            trainer.run_step()
+    trainer.checkpointer.save(f"steps_{world_size()}")
+
+args = default_argument_parser().parse_args()
+launch(main, args.num_gpus, args=(args,))
+"""
+
+Run = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+@pytest.fixture
+def start(
+    tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Callable[..., subprocess.Popen[str]]]:
+    """Starts a command of Python's in an empty folder, and ends what is left of it."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("FASTREID_DATASETS", str(tiny_data / "market1501"))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([REPOSITORY, os.environ.get("PYTHONPATH", "")]).strip(os.pathsep))
+    Path("script.py").write_text(SCRIPT)
+    Path("steps.py").write_text(STEPS)
+    started: list[subprocess.Popen[str]] = []
+
+    def start(*words: Any) -> subprocess.Popen[str]:
+        command = [sys.executable, *map(str, words)]
+        pipe = subprocess.PIPE
+        started.append(subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, start_new_session=True))
+        return started[-1]
+
+    yield start
+    for process in started:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+
+
+@pytest.fixture
+def run(start: Callable[..., subprocess.Popen[str]]) -> Run:
+    """Runs a command of Python's to its end."""
+
+    def run(*words: Any) -> subprocess.CompletedProcess[str]:
+        process = start(*words)
+        out, error = process.communicate(timeout=600)
+        return subprocess.CompletedProcess(words, process.returncode, out, error)
+
+    return run
+
+
+def own_script() -> tuple[Any, ...]:
+    path = Path(REPOSITORY) / "tools" / "train_net.py" if REPOSITORY else "script.py"
+    return ("-m", "csalr_plugin", "run", path)
+
+
+def last_epoch() -> int:
+    return int(torch.load("out/model_final.pth", weights_only=True)["epoch"])
+
+
+def test_two_processes_train_refined_parts_and_evaluate_as_one_does(run: Run) -> None:
+    phases = ("CSALR.RPP.PCB_EPOCHS", "1", "CSALR.RPP.PART_CLASSIFIER_EPOCHS", "1", "SOLVER.MAX_EPOCH", "3")
+    sampled = ("DATALOADER.SAMPLER_TRAIN", "NaiveIdentitySampler", "DATALOADER.NUM_INSTANCE", "4")
+    ended = run(PROJECT / "train_net.py", *TWO, *RPP_CONFIG, *TINY, *phases, *sampled)
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.count("Starting training from epoch 0") == 1  # the first process alone prints
+    assert "on 2 devices" in ended.stdout
+    assert last_epoch() == 2
+    weights = torch.load("out/model_final.pth", weights_only=True)["model"]
+    assert all(torch.isfinite(one).all() for one in weights.values())
+    of_two = json.loads(Path("out/results.json").read_text())
+    ended = run(PROJECT / "train_net.py", "--eval-only", *RPP_CONFIG, *TINY, "MODEL.WEIGHTS", "out/model_final.pth")
+    assert ended.returncode == 0, ended.stderr
+    assert json.loads(Path("out/results.json").read_text()) == pytest.approx(of_two, abs=1e-3)
+
+
+def test_the_hosts_own_script_goes_on_with_another_number_of_processes_and_machines(
+    run: Run, start: Callable[..., subprocess.Popen[str]]
+) -> None:
+    ended = run(*own_script(), *TWO, *CONFIG, *TINY)
+    assert (ended.returncode, last_epoch()) == (0, 0), ended.stderr
+    assert ended.stdout.count("Command Line Args:") == 2  # the one that starts the others, and the first of them
+    ended = run(*own_script(), *CONFIG, "--resume", *TINY, "SOLVER.MAX_EPOCH", "2")
+    assert (ended.returncode, last_epoch()) == (0, 1), ended.stderr
+    assert "Starting training from epoch 1" in ended.stdout
+    address = f"tcp://127.0.0.1:{_free_port()}"
+    flags = ("--num-gpus", "0", "--num-machines", "2", "--dist-url", address, "--resume")
+    machines = [
+        start(*own_script(), *CONFIG, *flags, "--machine-rank", number, *TINY, "SOLVER.MAX_EPOCH", "3")
+        for number in range(2)
+    ]
+    said = [machine.communicate(timeout=600) for machine in machines]
+    assert ([machine.returncode for machine in machines], last_epoch()) == ([0, 0], 2), said
+    assert "Starting training from epoch 2" in said[0][0] and "Starting training" not in said[1][0]
+
+
+def test_two_processes_with_common_batch_norm_learn_what_one_learns_from_the_same_images(run: Run) -> None:
+    torch.manual_seed(0)
+    model = build_model("pcb_csalr", 4, pretrained=False, landmarks=(2, 2), stages=(1, 2, 3))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith(("bn3.weight", "alpha")):  # which start at zero, and leave most of the network out
+                parameter.fill_(0.3)
+    before = model.state_dict()
+    torch.save({"model": before}, "start.pth")
+    torch.save([(torch.rand(8, 3, 64, 32) * 255, torch.arange(8) % 4) for _ in range(3)], "batches.pt")
+    more = ("MODEL.WEIGHTS", "start.pth", "CSALR.STAGES", "1,2,3", "SOLVER.IMS_PER_BATCH", "8", "CSALR.WARMUP", "0")
+    # A low rate: with it rounding stays rounding, which a deep network on few images else amplifies at each step.
+    more += ("SOLVER.BASE_LR", "0.0001", "CSALR.SYNC_BATCH_NORM", "True", "CSALR.OVERWRITE", "True")
+    Path("out").mkdir()
+    for flags in (TWO, ()):
+        ended = run("steps.py", *flags, *CONFIG, *TINY, *more)
+        assert ended.returncode == 0, ended.stderr
+    two, one = (torch.load(f"out/steps_{number}.pth", weights_only=True)["model"] for number in (2, 1))
+    learnt = {name: float((one[name] - before[name]).double().norm()) for name in before}
+    apart = {name: float((one[name] - two[name]).double().norm()) for name in before}
+    for name, _ in model.named_parameters():
+        assert learnt[name] > 0 or name.endswith("key.bias")  # a softmax does not see it
+    # Every tensor: a hundredth of what it learnt, beside fp32's rounding of its values; without common batch norm most
+    # are as far apart as they have moved.
+    assert all(apart[name] <= 0.01 * learnt[name] + 5e-6 * float(one[name].double().norm()) for name in before)
+    weights = [name for name, _ in model.named_parameters()]
+    assert sum(apart[name] ** 2 for name in weights) <= 0.01**2 * sum(learnt[name] ** 2 for name in weights)
+
+
+def test_the_death_of_a_process_ends_the_training_and_names_the_checkpoint_to_go_on_from(
+    start: Callable[..., subprocess.Popen[str]],
+) -> None:
+    long = ("SOLVER.MAX_EPOCH", "1000", "TEST.EVAL_PERIOD", "1000")
+    process = start(*own_script(), *TWO, *CONFIG, *TINY, *long)
+    deadline = time.monotonic() + 300
+    while not Path("out/last_checkpoint").is_file():
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
+        time.sleep(0.2)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    second = next(one for one in children if b"\0RANK=1\0" in Path(f"/proc/{one}/environ").read_bytes())
+    os.kill(int(second), signal.SIGKILL)
+    _, error = process.communicate(timeout=120)
+    assert process.returncode == 2
+    assert "Traceback" not in error
+    told = [line for line in error.splitlines() if "error:" in line]
+    assert len(told) == 1 and "one of its processes is gone" in told[0]
+    assert "the last checkpoint is out/model_" in told[0] and "--resume" in told[0]
+
+
+def test_what_every_process_finds_wrong_and_what_the_first_alone_does_is_told_once(
+    run: Run, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def told(*words: Any) -> str:
+        ended = run(*words)
+        assert ended.returncode == 2 and "Traceback" not in ended.stderr, ended.stderr
+        lines = [line for line in ended.stderr.splitlines() if "error" in line.lower()]
+        assert len(lines) == 1, ended.stderr
+        return lines[0]
+
+    assert "'SOLVER.IMS_PER_BATCH' is 9" in told(*own_script(), *TWO, *CONFIG, *TINY, "SOLVER.IMS_PER_BATCH", "9")
+    torchrun = ("-m", "torch.distributed.run", "--nproc-per-node", "2")
+    for subset in ("query", "bounding_box_test", "bounding_box_train"):
+        source = tiny_data / "market1501" / "Market-1501-v15.09.15" / subset
+        place = tmp_path / "Market-1501-v15.09.15" / subset
+        place.mkdir(parents=True)
+        for image in source.iterdir():
+            (place / image.name).symlink_to(image)
+    image = next(place.iterdir())
+    image.unlink()
+    image.write_bytes(b"no image")
+    monkeypatch.setenv("FASTREID_DATASETS", str(tmp_path))
+    assert image.name in told(PROJECT / "train_net.py", *TWO, *CONFIG, *TINY)
+    ended = run(*torchrun, PROJECT / "train_net.py", *CONFIG, *TINY, "CSALR.GROUP", "2")
+    assert ended.returncode != 0
+    assert ended.stderr.count("unknown config key 'CSALR.GROUP'") == 1
