@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from csalr_plugin.errors import UserError, suggest
+from csalr_plugin.errors import SharedError, UserError, suggest
 from csalr_plugin.hosts.torchreid.arguments import Parser
 from csalr_plugin.version import __version__
 
@@ -34,10 +36,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return _main(sys.argv[1:] if argv is None else list(argv))
     except UserError as error:
-        print(f"csalr: error: {_one_line(error)}", file=sys.stderr)
+        process = os.environ.get("RANK", "0")  # of torchrun's
+        if process == "0":
+            print(f"csalr: error: {_one_line(error)}", file=sys.stderr)
+        elif isinstance(error, SharedError):
+            time.sleep(1)  # torchrun ends the first as soon as one of us ends, and it shall have told it by then
+        else:
+            print(f"csalr: error: in process {process}: {_one_line(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("csalr: interrupted", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":
+            print("csalr: interrupted", file=sys.stderr)
         return 130
 
 
@@ -74,7 +83,10 @@ def _one_line(error: UserError) -> str:
 def _train(argv: Sequence[str]) -> None:
     from csalr_plugin.hosts.torchreid.arguments import config_from_arguments, parse_arguments
 
-    config = config_from_arguments(parse_arguments(argv, "csalr train"))
+    try:
+        config = config_from_arguments(parse_arguments(argv, "csalr train"))
+    except UserError as error:
+        raise SharedError(str(error)) from None  # torchrun gives every process the same words
     from csalr_plugin.hosts.torchreid.train import train
 
     train(config)

@@ -181,7 +181,7 @@ def test_compiling_for_several_gpus_is_refused(
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     config = default_config()
     config.merge_from_list(["data.root", str(tiny_data), "data.save_dir", str(tmp_path), "csalr.compile", True])
-    with pytest.raises(UserError, match=r"csalr\.compile True is for one GPU, and there are 2"):
+    with pytest.raises(UserError, match=r"csalr\.compile True is for one GPU a process, and there are 2"):
         prepare(config)
     config.use_gpu = False
     prepare(config)

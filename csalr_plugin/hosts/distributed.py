@@ -18,9 +18,31 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, distributed, nn
+from torch.distributed.nn.functional import all_gather
 
 from csalr_plugin.attention.batch_norm import world_size
 from csalr_plugin.errors import SharedError, UserError
+
+__all__ = [
+    "GlobalDropout",
+    "collect_rows",
+    "draw_as_one",
+    "embeddings_of_all",
+    "from_main",
+    "gathered",
+    "is_lost",
+    "is_main",
+    "local_rank",
+    "means",
+    "one_first",
+    "process_group",
+    "rank",
+    "rows_of",
+    "run_under_torchrun",
+    "share_buffers",
+    "together",
+    "world_size",
+]
 
 T = TypeVar("T")
 
@@ -154,13 +176,27 @@ def means(values: Mapping[str, float | Tensor]) -> dict[str, float]:
     if not values:
         return {}
     device = next((value.device for value in values.values() if isinstance(value, Tensor)), torch.device("cpu"))
-    vector = torch.stack(
-        [torch.as_tensor(value, dtype=torch.float64, device=device).detach() for value in values.values()]
-    )
+    scalars = [
+        value.detach().double().reshape(())
+        if isinstance(value, Tensor)
+        else torch.full((), float(value), dtype=torch.float64, device=device)
+        for value in values.values()
+    ]
+    vector = torch.stack(scalars)
     if (world := world_size()) > 1:
         distributed.all_reduce(vector)
         vector /= world
     return dict(zip(values, vector.tolist(), strict=True))  # by one transfer: each `item()` would let a GPU run dry
+
+
+def embeddings_of_all(embeddings: Tensor, identities: Tensor) -> tuple[Tensor, Tensor]:
+    """The batches of all processes as one, (B, width) and (B,) each; gradients find their way back."""
+    if world_size() == 1:
+        return embeddings, identities
+    others = [torch.empty_like(identities) for _ in range(world_size())]
+    distributed.all_gather(others, identities)
+    every_embedding = torch.cat(all_gather(embeddings))  # type: ignore[no-untyped-call]
+    return every_embedding, torch.cat(others)
 
 
 def share_buffers(network: nn.Module) -> None:
@@ -177,16 +213,18 @@ def rows_of(number: int, rows: int) -> range:
 
 
 def collect_rows(table: Tensor) -> None:
-    """Fill the first process's `table`, (rows, width) on the CPU, with the share of each; see `rows_of`."""
+    """Bring each process's share of a table's rows to the first one; see `rows_of`.
+
+    Args:
+        table: (rows, width) on the CPU: in the first process all rows, filled with its own, in the others theirs.
+    """
+    if not is_main():
+        if len(table):
+            distributed.send(table, dst=0)
+        return
     for number in range(1, world_size()):
-        share = rows_of(number, len(table))
-        if not share:
-            continue
-        part = table[share.start : share.stop]
-        if is_main():
-            distributed.recv(part, src=number)
-        elif number == rank():
-            distributed.send(part, dst=0)
+        if share := rows_of(number, len(table)):
+            distributed.recv(table[share.start : share.stop], src=number)
 
 
 class GlobalDropout(nn.Dropout):

@@ -6,10 +6,10 @@ import contextlib
 import json
 import math
 import os
-import random
 import signal
 import threading
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
 from types import FrameType
@@ -22,8 +22,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from csalr_plugin.errors import UserError
+from csalr_plugin.errors import SharedError, UserError
+from csalr_plugin.hosts import distributed
 from csalr_plugin.hosts.torchreid.config import active_config
+from csalr_plugin.hosts.torchreid.loading import draw_from, evaluation_loader, training_loader
 from csalr_plugin.hosts.torchreid.monitor import Monitor
 from csalr_plugin.hosts.torchreid.optimizer import unwrapped
 from csalr_plugin.hosts.torchreid.ranking import evaluate_rank
@@ -51,6 +53,9 @@ class _StopBetweenBatches(KeyboardInterrupt):
 class _PluginTraining(_HostEngine):
     """What :func:`plugin_engine` puts before a host's engine. Settings come from the active config."""
 
+    model: Any
+    train_loader: Any
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         config = active_config()
@@ -59,6 +64,7 @@ class _PluginTraining(_HostEngine):
         self.network = unwrapped(self.model)
         self.blocks: dict[str, Any] = dict(getattr(self.network, "attention", {}))
         self.device = next(self.model.parameters()).device
+        self.train_loader = training_loader(self.train_loader, self.seed)
         if self.settings.channels_last:
             self.network.to(memory_format=torch.channels_last)
         if isinstance(self.model, nn.DataParallel) and len(self.model.device_ids) > 1:
@@ -71,7 +77,8 @@ class _PluginTraining(_HostEngine):
         self.results: dict[str, dict[str, float]] = {}
         self.monitor = Monitor(self)
         self._rolling: Path | None = None
-        self._stopped = False
+        self._stopped_at = 0.0  # when this process was asked to stop
+        self._stops = False  # after this batch, as all processes do
         self._batches_done = 0  # of this epoch, before the stop that this run resumes from
         self._completed = 0  # of this epoch, by now: those whose gradients have made a step
         self._buffers_before: dict[str, Tensor] = {}  # a step that several batches make, while they do
@@ -81,12 +88,11 @@ class _PluginTraining(_HostEngine):
         if self.batch_idx < self._batches_done:  # trained before the stop that this run resumes from
             summary = {}
         else:
-            self._draw_from(self.batch_idx, "model")
+            draw_from(self.seed, self.epoch, self.batch_idx, "model")
             summary = self.iteration(data, self.epoch * self.num_batches + self.batch_idx)
-        self._draw_from(self.batch_idx + 1, "data")
         if self.batch_idx == self._step_of(self.batch_idx)[1][-1]:
             self._completed = self.batch_idx + 1
-        if self._stopped:
+        if self._stops:
             raise _StopBetweenBatches
         return summary
 
@@ -112,21 +118,24 @@ class _PluginTraining(_HostEngine):
         batch = number % len(self.train_loader)
         if batch == batches[0]:
             self.optimizer.zero_grad()
-            if len(batches) > 1:
+            if len(batches) > 1 or distributed.world_size() > 1:
                 self._buffers_before = {name: value.clone() for name, value in self.network.named_buffers()}
-        with self._forward():
-            outputs = self.model(images)
-        logits, features = outputs if isinstance(outputs, tuple) else (outputs, None)
-        logits = [one.float() for one in logits] if isinstance(logits, list) else logits.float()
-        terms, loss = self.loss_terms(logits, None if features is None else features.float(), identities)
-        self.scaler.scale(loss / len(batches)).backward()  # type: ignore[no-untyped-call]
+        complete = batch == batches[-1]
+        with self._exchanged(complete):
+            with self._forward():
+                outputs = self.model(images)
+            logits, features = outputs if isinstance(outputs, tuple) else (outputs, None)
+            logits = [one.float() for one in logits] if isinstance(logits, list) else logits.float()
+            terms, loss = self.loss_terms(logits, None if features is None else features.float(), identities)
+            self.scaler.scale(loss / len(batches)).backward()  # type: ignore[no-untyped-call]
         votes = [sum(logits[: self.network.parts])] if isinstance(self.network, PCB) else logits
         watched = {"loss": loss, **terms, "acc": torchreid.metrics.accuracy(votes, identities)[0]}
-        complete = batch == batches[-1]
         if complete:
             self.scaler.unscale_(self.optimizer)
             watched["gradient norm"] = clip_gradients(self.network, self.settings.clip_gradient)
-        values = _values(watched)
+        watched["stops"] = float(self._stopped)
+        values = distributed.means(watched)
+        self._stops = values["stops"] > 0  # so all stop after the same batch
         summary = {name: values[name] for name in ("loss", *terms)}
         self._require_finite(summary, images, number)
         if complete:
@@ -138,11 +147,18 @@ class _PluginTraining(_HostEngine):
                 self.scaler.step(self.optimizer)
             self.scaler.update()
             self._buffers_before = {}
-        summary |= _values({f"alpha_{name}": block.alpha for name, block in self.blocks.items()})
+        summary |= distributed.means({f"alpha_{name}": block.alpha for name, block in self.blocks.items()})
         if self.scaler.is_enabled():
             summary["loss_scale"] = self.scaler.get_scale()
         self.monitor.count(summary, logits, identities)
         return {**summary, "acc": values["acc"]}
+
+    def _exchanged(self, complete: bool) -> contextlib.AbstractContextManager[None]:
+        """Gradients are exchanged once a step, not once a batch."""
+        if complete or not isinstance(self.model, nn.parallel.DistributedDataParallel):
+            return contextlib.nullcontext()
+        context: contextlib.AbstractContextManager[None] = self.model.no_sync()
+        return context
 
     def _step_of(self, number: int) -> tuple[int, range]:
         """The optimizer step that iteration `number` adds to, and that step's batches within the epoch.
@@ -196,8 +212,9 @@ class _PluginTraining(_HostEngine):
         else:
             main, branches = self.compute_loss(criterion, logits, identities), []
         terms = {"L_F": main}
-        if triplet:
-            terms["triplet"] = self.compute_loss(self.criterion_t, features, identities)
+        if features is not None:
+            everyone = distributed.embeddings_of_all(features, identities)
+            terms["triplet"] = self.compute_loss(self.criterion_t, *everyone)
             terms["L_F"] = self.weight_x * main + self.weight_t * terms["triplet"]
         loss = terms["L_F"]
         for name, branch in zip(getattr(self.network, "supervision", {}), branches, strict=True):
@@ -208,7 +225,7 @@ class _PluginTraining(_HostEngine):
     def _require_finite(self, terms: dict[str, float], images: Tensor, number: int) -> None:
         bad = [f"{name} = {term}" for name, term in terms.items() if not math.isfinite(term)]
         if bad:
-            raise UserError(
+            raise SharedError(
                 f"Training stopped at epoch {self.epoch + 1}, iteration {number + 1}: {', '.join(bad)}; "
                 f"{self._first_non_finite(images)}. The last checkpoint is {self._last_checkpoint()}; go on from "
                 f"it with {'csalr.amp bf16, or ' if self.scaler.is_enabled() else ''}"
@@ -239,7 +256,8 @@ class _PluginTraining(_HostEngine):
         finally:
             for handle in handles:
                 handle.remove()
-        if found:
+        # In whichever process it is.
+        if found := [layer for layers in distributed.gathered(found) for layer in layers]:
             return f"the first output that is not finite is that of {found[0]}"
         weights = [name for name, value in self.network.named_parameters() if not torch.isfinite(value).all()]
         return f"every block's output is finite{f', weights that are not: {weights[0]}' if weights else ''}"
@@ -249,7 +267,14 @@ class _PluginTraining(_HostEngine):
         self.save_dir = Path(save_dir)
         # A training that is done, and is only evaluated again, is at its last epoch.
         self.epoch = max(0, options.get("start_epoch", 0) - 1)
-        super().run(save_dir=save_dir, **options)
+        if not distributed.is_main():
+            self.writer = _NoWriter()
+        try:
+            super().run(save_dir=save_dir, **options)
+        except RuntimeError as error:
+            if not distributed.is_lost(error):
+                raise
+            raise self._lost(error, self._last_checkpoint()) from error
 
     def train(self, *args: Any, **options: Any) -> None:
         """One epoch, then a checkpoint.
@@ -260,22 +285,33 @@ class _PluginTraining(_HostEngine):
         self._batches_done = self._completed = resumed.get("batches_done", 0)
         if self.scaler.is_enabled() and resumed.get("scaler"):
             self.scaler.load_state_dict(resumed["scaler"])
-        self._draw_from(0, "epoch")
+        draw_from(self.seed, self.epoch, 0, "epoch")
+        self.train_loader.sampler.epoch = self.epoch
         self.monitor.start_epoch()
         with self._stop_between_batches():
             try:
                 super().train(*args, **options)
             except (_StopBetweenBatches, RuntimeError) as error:
+                if distributed.is_lost(error):
+                    raise self._lost(error, repr(str(self._save_interrupted(alone=True)))) from error
                 # A worker that got the same Ctrl-C may die first: the host's loop then sees a RuntimeError.
-                if not self._stopped:
+                if not self._stopped and not self._stops:
                     raise
                 self._save_interrupted()
                 raise KeyboardInterrupt from error
         self._mark_batches_done(0)
         self.monitor.end_epoch()
         self._save_rolling()
-        if self._stopped:
+        if any(distributed.gathered(self._stopped)):
             raise KeyboardInterrupt
+
+    def _lost(self, error: BaseException, checkpoint: str) -> UserError:
+        # The first process tells it, or the second where it was the first that ended.
+        return (UserError if distributed.rank() < 2 else SharedError)(
+            f"Training stopped at epoch {self.epoch + 1}, for another process of it has ended or cannot be reached "
+            f"({(str(error).strip().splitlines() or [''])[0]}). The last checkpoint is {checkpoint}; go on from it "
+            "with model.resume, with as many processes as you like."
+        )
 
     def two_stepped_transfer_learning(
         self, epoch: int, fixbase_epoch: int, open_layers: Any, model: nn.Module | None = None
@@ -286,14 +322,11 @@ class _PluginTraining(_HostEngine):
             self.network.refining = refined_epoch >= 0
             if 0 <= refined_epoch < self.settings.rpp.part_classifier_epochs:
                 fixbase_epoch, open_layers = epoch + 1, ["part_classifier"]
-        super().two_stepped_transfer_learning(epoch, fixbase_epoch, open_layers, model)
+        super().two_stepped_transfer_learning(epoch, fixbase_epoch, open_layers, model or self.network)
 
-    def _draw_from(self, batch: int, purpose: str) -> None:
-        entropy = [self.seed, self.epoch, batch, ("epoch", "data", "model").index(purpose)]
-        seed = int(np.random.SeedSequence(entropy).generate_state(1)[0])
-        random.seed(seed)
-        np.random.seed(seed)
-        torch.manual_seed(seed)
+    @property
+    def _stopped(self) -> bool:
+        return self._stopped_at > 0
 
     @contextlib.contextmanager
     def _stop_between_batches(self) -> Iterator[None]:
@@ -303,9 +336,12 @@ class _PluginTraining(_HostEngine):
             return
 
         def stop(number: int, frame: FrameType | None) -> None:
+            now = time.monotonic()
             if self._stopped:
+                if now - self._stopped_at < 2:  # torchrun passes the Ctrl-C on that the terminal has sent already
+                    return
                 raise KeyboardInterrupt
-            self._stopped = True
+            self._stopped_at = now
             print("Stopping after this batch; once more stops at once, without a checkpoint.", flush=True)
 
         before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -317,25 +353,38 @@ class _PluginTraining(_HostEngine):
 
     def save_model(self, epoch: int, rank1: float, save_dir: str, is_best: bool = False) -> None:
         """Save as the host does, in one step (a half-written file never bears the name), and plain numbers only."""
+        if not distributed.is_main():
+            return
         path = self._save(f"model.pth.tar-{epoch + 1}", epoch + 1, float(rank1))
         if self._rolling == path:
             self._rolling = None  # evaluated: it stays
 
     def _save_rolling(self) -> None:
         """The newest epoch's checkpoint replaces the one before, unless that was evaluated."""
+        if not distributed.is_main():
+            return
         before, self._rolling = self._rolling, self._save(f"model.pth.tar-{self.epoch + 1}", self.epoch + 1)
         if before and before != self._rolling:
             before.unlink(missing_ok=True)
 
-    def _save_interrupted(self) -> None:
+    def _save_interrupted(self, alone: bool = False) -> Path:
+        """Save what is trained, without the step that is under way.
+
+        `alone`: the other processes may be gone, the first among them; the second then saves, for weights are alike.
+        """
         # Within the optimizer's state, which the host's own resuming carries over.
         done = max(self._batches_done, self._completed)
         for name, value in self.network.named_buffers():
             if name in self._buffers_before:  # the batches of a step that is not complete are trained again
                 value.copy_(self._buffers_before[name])
         self._mark_batches_done(done)
-        path = self._save(f"model.pth.tar-{self.epoch}-batch{done}", self.epoch)
-        print(f"Go on with: model.resume {path}")
+        path = self.save_dir / "model" / f"model.pth.tar-{self.epoch}-batch{done}"
+        if alone and distributed.rank() == 1:
+            time.sleep(5)
+        if distributed.is_main() or (alone and distributed.rank() == 1 and not path.exists()):
+            self._save(path.name, self.epoch)
+            print(f"Go on with: model.resume {path}")
+        return path
 
     def _mark_batches_done(self, number: int) -> None:
         for group in self.optimizer.param_groups:
@@ -379,9 +428,16 @@ class _PluginTraining(_HostEngine):
         ranks: Sequence[int] = (1, 5, 10, 20),
         rerank: bool = False,
     ) -> tuple[float, float]:
-        """The host's evaluation by its own parts, with progress, and with the results as a file too."""
+        """The host's evaluation by its own parts, with progress, and with the results as a file too.
+
+        Each process embeds its share of the images, the first ranks them.
+        """
+        distributed.share_buffers(self.network)
         query, query_ids, query_cameras = self._embed(query_loader, "query", normalize_feature)
         gallery, gallery_ids, gallery_cameras = self._embed(gallery_loader, "gallery", normalize_feature)
+        if not distributed.is_main():
+            self.results[dataset_name], outcome = distributed.from_main(({}, (0.0, 0.0)))
+            return outcome
         distance = torchreid.metrics.compute_distance_matrix
         distances = distance(query, gallery, dist_metric).numpy()
         if rerank:
@@ -417,34 +473,42 @@ class _PluginTraining(_HostEngine):
                 save_dir=str(Path(save_dir) / f"visrank_{dataset_name}"),
                 topk=visrank_topk,
             )
-        return float(cmc[0]), float(mean_ap)
+        outcome = float(cmc[0]), float(mean_ap)
+        return distributed.from_main((results, outcome))[1]
 
     def _embed(self, loader: Any, subset: str, normalise: bool) -> tuple[Tensor, np.ndarray, np.ndarray]:
-        """Embeddings (N, width), identities (N,) and cameras (N,) of a loader's images."""
+        """Embeddings (N, width), identities (N,) and cameras (N,) of a loader's images, in the first process all."""
+        loader, parallel = evaluation_loader(loader), self.model
+        if isinstance(parallel, nn.parallel.DistributedDataParallel):
+            self.model = self.network  # the wrapper would wait for processes that have fewer batches
+        rows = len(loader.dataset if distributed.is_main() else loader.sampler)
         embeddings = torch.empty(0)
         identities: list[int] = []
         cameras: list[int] = []
-        for batch in tqdm(loader, desc=f"Embedding {subset}", unit="batch", mininterval=2.0):
+        progress = {"desc": f"Embedding {subset}", "unit": "batch", "mininterval": 2.0}
+        for batch in tqdm(loader, **progress, disable=not distributed.is_main()):
             images, batch_identities, batch_cameras = self.parse_data_for_eval(batch)
             with self._forward():
                 embedding = self.extract_features(self._on_device(images)).float()
             if not identities:
                 # Filled in place: a list that is concatenated at the end takes the gallery's memory twice.
-                embeddings = torch.empty(len(loader.dataset), embedding.shape[1])
+                embeddings = torch.empty(rows, embedding.shape[1])
             embeddings[len(identities) : len(identities) + len(embedding)] = embedding
             identities += batch_identities.tolist()
             cameras += batch_cameras.tolist()
+        self.model = parallel
+        distributed.collect_rows(embeddings)
         if normalise:
             F.normalize(embeddings, out=embeddings)
-        return embeddings, np.asarray(identities), np.asarray(cameras)
+        everyone = [np.concatenate(distributed.gathered(np.asarray(own, int))) for own in (identities, cameras)]
+        return embeddings, everyone[0], everyone[1]
 
 
-def _values(scalars: dict[str, Tensor]) -> dict[str, float]:
-    """What they are, by one transfer: every `item()` would let a GPU run dry."""
-    if not scalars:
-        return {}
-    stacked = torch.stack([scalar.detach().reshape(()) for scalar in scalars.values()])
-    return dict(zip(scalars, stacked.tolist(), strict=True))
+class _NoWriter:
+    """In place of TensorBoard's, in processes that write nothing."""
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        return lambda *_, **__: None
 
 
 def keep_autocast_in_threads(network: nn.Module, autocast: torch.autocast) -> None:

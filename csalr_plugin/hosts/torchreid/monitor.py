@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from torch.utils.tensorboard.writer import SummaryWriter
 
 from csalr_plugin.attention.maps import block_inputs, maps_of
+from csalr_plugin.hosts import distributed
 from csalr_plugin.models import PCB
 
 METRICS = "metrics.jsonl"
@@ -69,7 +70,9 @@ class Monitor:
         if not self._batches:  # all of it was trained before the stop that this run resumes from
             return
         engine = self.engine
-        means = {name: float(value) / self._batches for name, value in self._sums.items()}
+        means = distributed.means({name: value / self._batches for name, value in self._sums.items()})
+        if not distributed.is_main():
+            return
         rates = {f"lr_{name}": rate for name, rate in self._rates.items()}
         seconds = round(time.monotonic() - self._started, 3)
         epoch = {"epoch": engine.epoch + 1, "batches": self._batches, "seconds": seconds}

@@ -15,8 +15,9 @@ _build_host_optimizer = torchreid.optim.build_optimizer
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside a DataParallel, or the model itself."""
-    return model.module if isinstance(model, nn.DataParallel) else model
+    """The model inside a DataParallel or DistributedDataParallel, or the model itself."""
+    wrappers = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+    return model.module if isinstance(model, wrappers) else model
 
 
 def build_optimizer(model: nn.Module, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:

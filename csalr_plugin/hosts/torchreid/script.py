@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -11,6 +12,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from csalr_plugin.errors import SharedError
 from csalr_plugin.hosts.script import execute, find_host, find_script, interpreter_state, replaced
 from csalr_plugin.hosts.torchreid import host, register
 from csalr_plugin.hosts.torchreid.arguments import FLAGS, flag_of, host_argv, parse_arguments
@@ -41,6 +43,11 @@ def run_script(path: str | Path, argv: Sequence[str]) -> None:
         UserError: there is no such script, or anything that the user gave cannot be used.
         SystemExit: when the script ends so.
     """
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        raise SharedError(
+            f"torchreid's script {str(path)!r} knows one process, and torchrun started {os.environ['WORLD_SIZE']}: run "
+            "it without torchrun, or train with torchrun ... -m csalr_plugin train."
+        )
     script = find_script(path)
     with ExitStack() as stack:
         stack.enter_context(interpreter_state(script.parent, "default_config"))

@@ -17,8 +17,10 @@ import torchreid
 from filelock import FileLock, Timeout
 from torch import nn
 
+from csalr_plugin.attention.batch_norm import synchronise
 from csalr_plugin.errors import UserError
 from csalr_plugin.files import make_writable_folder
+from csalr_plugin.hosts import distributed
 from csalr_plugin.hosts.data import decode_all
 from csalr_plugin.hosts.torchreid import register
 from csalr_plugin.hosts.torchreid.compat import read_image
@@ -34,6 +36,7 @@ from csalr_plugin.hosts.torchreid.config import (
 )
 from csalr_plugin.hosts.torchreid.engine import plugin_engine
 from csalr_plugin.hosts.torchreid.optimizer import build_optimizer, unwrapped
+from csalr_plugin.models import PCB, RefinedPCB
 from csalr_plugin.models.cost import count_gmacs, count_parameters
 from csalr_plugin.models.weights import load_weights, mismatches, read_checkpoint, state_dict_of
 
@@ -55,10 +58,12 @@ def train(config: Config) -> dict[str, dict[str, float]]:
     register()
     previous = set_active_config(config)
     try:
-        prepare(config)
-        folder = Path(config.data.save_dir)
-        with _alone(config, folder), _logged(folder, "test" if config.test.evaluate else "train"):
-            return _train(config)
+        with distributed.process_group(config.use_gpu):
+            with distributed.together():
+                prepare(config)
+            folder = Path(config.data.save_dir)
+            with _alone(config, folder), _logged(folder, "test" if config.test.evaluate else "train"):
+                return _train(config)
     finally:
         set_active_config(previous)
 
@@ -67,19 +72,36 @@ def _train(config: Config) -> dict[str, dict[str, float]]:
     print(f"Configuration\n{config}\n")
     print(torchreid.utils.collect_env_info())
     torchreid.utils.set_random_seed(config.train.seed)
-    datamanager = build_datamanager(config)
-    model = build_network(config, datamanager.num_train_pids)
+    datamanager = distributed.one_first(lambda: build_datamanager(config))
+    model = distributed.one_first(lambda: build_network(config, datamanager.num_train_pids))
     if config.use_gpu:
         torch.backends.cudnn.benchmark = True
-        model = nn.DataParallel(model).cuda()
+        model.cuda()
     optimizer = build_optimizer(model, **config.keyword_arguments(OPTIMIZER))
     scheduler = torchreid.optim.build_lr_scheduler(optimizer, **config.keyword_arguments(LR_SCHEDULER))
     if config.model.resume:
-        config.train.start_epoch = resume_from_checkpoint(config.model.resume, model, optimizer, scheduler)
-    engine = build_engine(config, datamanager, model, optimizer, scheduler)
+        with distributed.together():
+            config.train.start_epoch = resume_from_checkpoint(config.model.resume, model, optimizer, scheduler)
+    engine = build_engine(config, datamanager, in_parallel(config, model), optimizer, scheduler)
     engine.run(**config.keyword_arguments(ENGINE_RUN))
     results: dict[str, dict[str, float]] = engine.results
     return results
+
+
+def in_parallel(config: Config, network: nn.Module) -> nn.Module:
+    """The network in torchrun's processes, or else over all GPUs that this process sees."""
+    if distributed.world_size() == 1:
+        return nn.DataParallel(network) if config.use_gpu else network
+    if config.csalr.sync_batch_norm:
+        synchronise(network)
+    distributed.draw_as_one(network)
+    # Frozen layers have no gradient; of the host's own models some have layers that they never use.
+    whole = isinstance(network, PCB) and not isinstance(network, RefinedPCB) and not config.train.fixbase_epoch
+    return nn.parallel.DistributedDataParallel(
+        network,
+        device_ids=[distributed.local_rank()] if config.use_gpu else None,
+        find_unused_parameters=not whole,
+    )
 
 
 def build_datamanager(config: Config) -> Any:
@@ -99,7 +121,8 @@ def build_datamanager(config: Config) -> Any:
         for folder in set(root.iterdir()) - present:
             _remove_empty(folder)
         raise UserError(_data_message(config, error)) from error
-    check_images(datamanager)
+    if distributed.local_rank() == 0:
+        check_images(datamanager)
     return datamanager
 
 
@@ -259,13 +282,28 @@ def prepare(config: Config) -> None:
         )
     for checkpoint in filter(None, (config.model.load_weights, config.model.resume)):
         check_isfile(checkpoint)
-    if config.csalr.compile and config.use_gpu and torch.cuda.device_count() > 1:
+    processes = distributed.world_size()
+    if config.csalr.compile and config.use_gpu and processes == 1 and torch.cuda.device_count() > 1:
         raise UserError(
-            f"csalr.compile True is for one GPU, and there are {torch.cuda.device_count()}: let torch see one, "
-            "for example with CUDA_VISIBLE_DEVICES=0, or set csalr.compile False."
+            f"csalr.compile True is for one GPU a process, and there are {torch.cuda.device_count()}: start a process "
+            "a GPU with torchrun, let torch see one with CUDA_VISIBLE_DEVICES=0, or set csalr.compile False."
+        )
+    if config.train.batch_size % processes:
+        raise UserError(
+            f"config key 'train.batch_size' is {config.train.batch_size}, the images of all {processes} processes "
+            f"together; it must be a multiple of {processes}."
+        )
+    share, instances = config.train.batch_size // processes, config.sampler.num_instances
+    if processes > 1 and config.sampler.train_sampler == "RandomIdentitySampler" and share % instances:
+        raise UserError(
+            f"config key 'train.batch_size' is {config.train.batch_size}, {share} images a process, which is no "
+            f"multiple of 'sampler.num_instances', {instances}: an identity's images stay in one process. Give a "
+            f"multiple of {processes * instances}."
         )
     if config.test.visrank and not config.test.evaluate:
         raise UserError("test.visrank True is only for evaluation: add test.evaluate True.")
+    if not distributed.is_main():  # which alone writes
+        return
     make_writable_folder(folder, f"data.save_dir {config.data.save_dir!r}")
     if not config.test.evaluate and not config.csalr.overwrite:
         _refuse_to_overwrite(config, folder)
@@ -289,13 +327,15 @@ def _alone(config: Config, folder: Path) -> Iterator[None]:
         yield
         return
     lock = FileLock(folder / ".lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise UserError(
-            f"data.save_dir {config.data.save_dir!r} is being written by another training: wait for it, stop it, or "
-            "give another folder."
-        ) from None
+    with distributed.together():
+        try:
+            if distributed.is_main():
+                lock.acquire(timeout=0)
+        except Timeout:
+            raise UserError(
+                f"data.save_dir {config.data.save_dir!r} is being written by another training: wait for it, stop it, "
+                "or give another folder."
+            ) from None
     try:
         yield
     finally:
@@ -305,6 +345,9 @@ def _alone(config: Config, folder: Path) -> Iterator[None]:
 @contextlib.contextmanager
 def _logged(folder: Path, name: str) -> Iterator[None]:
     """Write what is printed to a log file in `folder` too, as the host's train script does."""
+    if not distributed.is_main():
+        yield
+        return
     path = folder / f"{name}.log-{time.strftime('%Y-%m-%d-%H-%M-%S')}"
     with path.open("w", encoding="utf-8", buffering=1) as log:
 
