@@ -1,7 +1,12 @@
-"""Fixtures shared by all tests: a tiny data set, and one thread a process: tests run side by side."""
+"""Fixtures shared by all tests: a tiny data set, and one thread a process: tests run side by side.
+
+With TORCHREID_REPO or FASTREID_REPO, the paths of checkouts of the hosts' repositories, all tests run against those.
+"""
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,6 +14,10 @@ import pytest
 import torch
 
 torch.set_num_threads(1)
+
+for repository in filter(None, map(os.environ.get, ("TORCHREID_REPO", "FASTREID_REPO"))):
+    sys.path.insert(0, repository)
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (repository, os.environ.get("PYTHONPATH"))))
 
 
 @pytest.fixture(scope="session")
