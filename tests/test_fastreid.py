@@ -265,8 +265,7 @@ def test_the_papers_settings_are_those_of_section_4_2(file: str, name: str) -> N
 
 @pytest.mark.parametrize("name", ["pcb_csalr", "pcb_rpp_csa"])
 def test_the_same_weights_give_the_same_embeddings_in_both_hosts(name: str) -> None:
-    import torchreid
-
+    torchreid = pytest.importorskip("torchreid")
     from csalr_plugin.hosts.torchreid.config import default_config, set_active_config
 
     config = default_config()
@@ -395,9 +394,6 @@ def test_a_checkpoint_is_read_as_data_and_never_in_part(tmp_path: Path) -> None:
 def test_the_hosts_own_script_trains_resumes_and_evaluates_and_torchreid_agrees(
     script: Path, root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from csalr_plugin.hosts.torchreid.config import default_config
-    from csalr_plugin.hosts.torchreid.train import train
-
     monkeypatch.chdir(tmp_path)
     out = tmp_path / "out"
 
@@ -433,6 +429,10 @@ def test_the_hosts_own_script_trains_resumes_and_evaluates_and_torchreid_agrees(
     embeddings = DefaultPredictor(settings(*weights))(images)
     assert embeddings.shape == (2, 6 * 2048)
     torch.testing.assert_close(embeddings.norm(dim=1), torch.full((2,), 6**0.5))
+
+    pytest.importorskip("torchreid")
+    from csalr_plugin.hosts.torchreid.config import default_config
+    from csalr_plugin.hosts.torchreid.train import train
 
     config = default_config()
     config.merge_from_file("configs/torchreid/pcb_384x128_sgd.yaml")
