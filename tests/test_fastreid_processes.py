@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 import torch
 
-from csalr_plugin.hosts.distributed import _free_port
+from csalr_plugin.hosts.distributed import free_port
 from csalr_plugin.models import build_model
 
 REPOSITORY = os.environ.get("FASTREID_REPO", "")
@@ -164,7 +164,7 @@ def test_the_hosts_own_script_goes_on_with_another_number_of_processes_and_machi
     ended = run(*own_script(), *CONFIG, "--resume", *TINY, "SOLVER.MAX_EPOCH", "2")
     assert (ended.returncode, last_epoch()) == (0, 1), ended.stderr
     assert "Starting training from epoch 1" in ended.stdout
-    address = f"tcp://127.0.0.1:{_free_port()}"
+    address = f"tcp://127.0.0.1:{free_port()}"
     flags = ("--num-gpus", "0", "--num-machines", "2", "--dist-url", address, "--resume")
     machines = [
         start(*own_script(), *CONFIG, *flags, "--machine-rank", number, *TINY, "SOLVER.MAX_EPOCH", "3")

@@ -8,7 +8,6 @@ import os
 import random
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -35,12 +34,6 @@ from csalr_plugin.models.weights import read_checkpoint
 PATIENCE = 240  # seconds that a run may take on a machine with other work
 
 
-def free_port() -> int:
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        return int(server.getsockname()[1])
-
-
 # In two processes of this test's own
 
 
@@ -54,7 +47,7 @@ def in_process(rank: int, port: int, work: Callable[..., None], folder: Path) ->
 
 def in_two_processes(work: Callable[..., None], folder: Path) -> list[Any]:
     """What each process saved."""
-    spawn(in_process, (free_port(), work, folder), nprocs=2)
+    spawn(in_process, (distributed.free_port(), work, folder), nprocs=2)
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
 
 
@@ -241,14 +234,15 @@ class Run:
     """``csalr train`` in some processes, as torchrun starts them."""
 
     def __init__(self, data: Path, folder: Path, processes: int, *overrides: Any) -> None:
-        torchrun = ["torch.distributed.run", "--nproc-per-node", processes, "--master-port", free_port(), "-m"]
+        port = distributed.free_port()
+        torchrun = ["torch.distributed.run", "--nproc-per-node", processes, "--master-port", port, "-m"]
         words = [sys.executable, "-m", *(torchrun if processes > 1 else ()), "csalr_plugin", "train"]
         words += ["--config-file", "configs/torchreid/pcb_384x128_sgd.yaml", "--root", data]
         words += ["data.save_dir", folder, "data.workers", 0, "data.height", 64, "data.width", 32]
         words += ["model.pretrained", False, "csalr.stages", 3, "csalr.landmarks", "4,2", "train.batch_size", 8]
         words += ["train.lr", 0.01, "train.max_epoch", 1, "train.print_freq", 1, "MODEL.NAME", "pcb_csalr", *overrides]
         self.folder = folder
-        self.output = folder.with_name(f"{folder.name}-{free_port()}.log")
+        self.output = folder.with_name(f"{folder.name}-{port}.log")
         with self.output.open("w") as log:
             self.process = subprocess.Popen(
                 list(map(str, words)),

@@ -28,6 +28,7 @@ __all__ = [
     "collect_rows",
     "draw_as_one",
     "embeddings_of_all",
+    "free_port",
     "from_main",
     "gathered",
     "is_lost",
@@ -276,7 +277,7 @@ def run_under_torchrun(command: Sequence[str], processes: int, machines: int, ma
     logging.getLogger("torch.distributed.elastic.multiprocessing.api").setLevel(logging.CRITICAL)
     words = ["--nproc-per-node", str(processes), "--no-python"]
     if machines == 1:
-        words += ["--master-addr", "127.0.0.1", "--master-port", str(_free_port())]
+        words += ["--master-addr", "127.0.0.1", "--master-port", str(free_port())]
     else:
         host, _, port = address.removeprefix("tcp://").rpartition(":")
         if not host or not port.isdigit():
@@ -303,7 +304,8 @@ def run_under_torchrun(command: Sequence[str], processes: int, machines: int, ma
     return 0
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port of this machine that nothing listens on."""
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
         return int(server.getsockname()[1])
