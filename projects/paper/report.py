@@ -334,6 +334,8 @@ def _figure4(out: Path) -> Section:
 def _curves(trained: Sequence[Trained]) -> Section:
     """Losses an epoch and mAP an evaluation, a picture for each dataset and table."""
     section = Section("Learning curves")
+    if len({run.seed for run in trained}) > 1:
+        section.text("A line is one seed; of each training the first is the darkest.")
     drawn: set[tuple[str, ...]] = set()
     for table, about in paper()["tables"].items():
         names = dict.fromkeys(row["run"] for row in about["rows"] if "run" in row)
