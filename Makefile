@@ -17,7 +17,9 @@ demo: $(INSTALLED)
 	$(VENV)/bin/csalr demo --out $(OUT) --host $(HOST)
 
 test: check
-	$(VENV)/bin/python -m pytest
+	$(VENV)/bin/python -m pytest --ignore-glob='*processes.py'
+	# Apart: each of these starts several processes, which slow down what runs beside them.
+	$(VENV)/bin/python -m pytest --numprocesses=0 tests/test_processes.py tests/test_fastreid_processes.py
 
 check: $(INSTALLED)
 	$(VENV)/bin/ruff check .
