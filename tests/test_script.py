@@ -333,6 +333,19 @@ def test_a_mistake_in_a_loaders_worker_is_still_one_line(
     assert capsys.readouterr().err == "csalr: error: image 'a.jpg' cannot be read.\n"
 
 
+def test_the_hosts_script_under_torchrun_is_refused_in_one_line(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr("csalr_plugin.commands.time.sleep", lambda _: None)
+    assert main(["run", "x.py"]) == 2
+    assert capsys.readouterr().err == ""  # the first process tells it
+    monkeypatch.setenv("RANK", "0")
+    assert main(["run", "x.py"]) == 2
+    assert "torchrun started 2" in capsys.readouterr().err
+
+
 def test_ctrl_c_is_one_line_and_exit_code_130(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
