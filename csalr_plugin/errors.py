@@ -18,6 +18,11 @@ class SharedError(UserError):
     """One that every process of a training finds: the first alone tells it."""
 
 
+def first_line(error: BaseException) -> str:
+    """What `error` says, in one line; its type where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 def suggest(name: str, allowed: Iterable[str]) -> str:
     """Return ``" Did you mean 'x'?"`` with the names nearest to `name`, or an empty string."""
     near = difflib.get_close_matches(name, list(allowed), n=3, cutoff=0.6)

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from fastreid_script import SCRIPT
 from torch import nn
 from torch.nn import functional as F
 
@@ -30,8 +31,6 @@ from csalr_plugin.hosts import keys
 from csalr_plugin.models import MODEL_NAMES, build_model
 
 REPOSITORY = os.environ.get("FASTREID_REPO", "")
-if REPOSITORY:
-    sys.path.insert(0, REPOSITORY)
 for needed in ("fastreid", "faiss", "sklearn", "termcolor"):
     if importlib.util.find_spec(needed) is None:
         pytest.skip(f"fast-reid is not installed: there is no {needed}", allow_module_level=True)
@@ -60,33 +59,6 @@ TINY = (
     *("SOLVER.IMS_PER_BATCH", "8", "SOLVER.BASE_LR", "0.001", "SOLVER.MAX_EPOCH", "1"),
     *("SOLVER.CHECKPOINT_PERIOD", "1", "TEST.EVAL_PERIOD", "1"),
 )
-
-# A train script of the shape of the host's tools/train_net.py, which the PyPI package leaves out.
-SCRIPT = """
-from fastreid.config import get_cfg
-from fastreid.engine import DefaultTrainer, default_argument_parser, default_setup, launch
-from fastreid.utils.checkpoint import Checkpointer
-
-def main(args):
-    cfg = get_cfg()
-    cfg.merge_from_file(args.config_file)
-    cfg.merge_from_list(args.opts)
-    cfg.freeze()
-    default_setup(cfg, args)
-    if args.eval_only:
-        cfg.defrost()
-        cfg.MODEL.BACKBONE.PRETRAIN = False
-        model = DefaultTrainer.build_model(cfg)
-        Checkpointer(model).load(cfg.MODEL.WEIGHTS)
-        return DefaultTrainer.test(cfg, model)
-    trainer = DefaultTrainer(cfg)
-    trainer.resume_or_load(resume=args.resume)
-    return trainer.train()
-
-if __name__ == "__main__":
-    args = default_argument_parser().parse_args()
-    launch(main, args.num_gpus, args=(args,))
-"""
 
 
 def settings(*overrides: Any, file: str = "pcb_384x128_sgd.yml") -> CfgNode:

@@ -18,13 +18,14 @@ from typing import Any
 
 import pytest
 import torch
+from fastreid_script import SCRIPT
 
 from csalr_plugin.hosts.distributed import free_port
 from csalr_plugin.models import build_model
 
 REPOSITORY = os.environ.get("FASTREID_REPO", "")
 for needed in ("fastreid", "faiss", "sklearn", "termcolor"):
-    if importlib.util.find_spec(needed) is None and not (needed == "fastreid" and REPOSITORY):
+    if importlib.util.find_spec(needed) is None:
         pytest.skip(f"fast-reid is not installed: there is no {needed}", allow_module_level=True)
 
 PROJECT = Path(__file__).parents[1] / "projects" / "fastreid"
@@ -37,28 +38,6 @@ TINY = (
     *("SOLVER.IMS_PER_BATCH", "16", "SOLVER.BASE_LR", "0.001", "SOLVER.MAX_EPOCH", "1"),
     *("SOLVER.CHECKPOINT_PERIOD", "1", "TEST.EVAL_PERIOD", "1", "OUTPUT_DIR", "out"),
 )
-
-# A train script of the shape of the host's tools/train_net.py, which the PyPI package leaves out.
-SCRIPT = """
-from fastreid.config import get_cfg
-from fastreid.engine import DefaultTrainer, default_argument_parser, default_setup, launch
-
-def main(args):
-    cfg = get_cfg()
-    cfg.merge_from_file(args.config_file)
-    cfg.merge_from_list(args.opts)
-    cfg.freeze()
-    default_setup(cfg, args)
-    trainer = DefaultTrainer(cfg)
-    trainer.resume_or_load(resume=args.resume)
-    return trainer.train()
-
-if __name__ == "__main__":
-    args = default_argument_parser().parse_args()
-    print("Command Line Args:", args)
-    launch(main, args.num_gpus, num_machines=args.num_machines, machine_rank=args.machine_rank,
-           dist_url=args.dist_url, args=(args,))
-"""
 
 # The Trainer with its model, optimizer and wrapper, fed with given batches and the same random state everywhere.
 STEPS = """
@@ -100,7 +79,6 @@ def start(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("FASTREID_DATASETS", str(tiny_data / "market1501"))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([REPOSITORY, os.environ.get("PYTHONPATH", "")]).strip(os.pathsep))
     Path("script.py").write_text(SCRIPT)
     Path("steps.py").write_text(STEPS)
     started: list[subprocess.Popen[str]] = []

@@ -65,6 +65,7 @@ class CSALR(AttentionBlock):
         gain_v, shift_v = self._affine("value")
         gain_k = gain_k + 0 * shift_k  # no softmax sees the shift of keys: its gradient is 0, not missing
         value_norm, fuse = self._training_norm("value"), getattr(self, "fuse", None)
+        everywhere = isinstance(value_norm, SynchronisedBatchNorm)
         out, mean, *statistics = LowRankAttention.apply(
             x,
             *(self.query.weight.flatten(1), gain_q.to(wide), shift_q.to(wide)),
@@ -77,12 +78,12 @@ class CSALR(AttentionBlock):
             self.landmarks,
             self.self_attention_floor,
             None if value_norm is None else value_norm.eps,
-            isinstance(value_norm, SynchronisedBatchNorm),
+            everywhere,
             pooled,
             dtype,
         )
         if value_norm is not None:
-            images = len(x) * (world_size() if isinstance(value_norm, SynchronisedBatchNorm) else 1)
+            images = len(x) * (world_size() if everywhere else 1)
             positions = images * x[0, 0].numel()
             marks = images * LandmarkGrid(x.shape[2], x.shape[3], self.landmarks, x.device).m
             for name, count in (("query", positions), ("key", positions), ("value", marks)):

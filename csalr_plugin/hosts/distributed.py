@@ -21,7 +21,7 @@ from torch import Tensor, distributed, nn
 from torch.distributed.nn.functional import all_gather
 
 from csalr_plugin.attention.batch_norm import world_size
-from csalr_plugin.errors import SharedError, UserError
+from csalr_plugin.errors import SharedError, UserError, first_line
 
 __all__ = [
     "GlobalDropout",
@@ -35,6 +35,7 @@ __all__ = [
     "is_main",
     "local_rank",
     "means",
+    "numbers",
     "one_first",
     "process_group",
     "rank",
@@ -95,7 +96,7 @@ def process_group(use_gpu: bool, backend: str = "cpu:gloo,cuda:nccl") -> Iterato
     except (RuntimeError, ValueError, OSError) as error:
         raise UserError(
             f"{os.environ['WORLD_SIZE']} processes were announced (WORLD_SIZE), and they cannot meet "
-            f"({_first_line(error)}): start them with torchrun, and several machines with the same --rdzv-endpoint."
+            f"({first_line(error)}): start them with torchrun, and several machines with the same --rdzv-endpoint."
         ) from error
     with open(os.devnull, "w") as nowhere, warnings.catch_warnings():
         if is_main():
@@ -172,10 +173,21 @@ def gathered(value: T) -> list[T]:
     return values
 
 
+def numbers(values: Mapping[str, float | Tensor]) -> dict[str, float]:
+    """Each value of this process as a number, by one transfer: each `item()` would let a GPU run dry."""
+    return dict(zip(values, _vector(values).tolist(), strict=True))
+
+
 def means(values: Mapping[str, float | Tensor]) -> dict[str, float]:
     """The mean of each value over all processes; every process has the same names."""
-    if not values:
-        return {}
+    vector = _vector(values)
+    if values and (world := world_size()) > 1:
+        distributed.all_reduce(vector)
+        vector /= world
+    return dict(zip(values, vector.tolist(), strict=True))
+
+
+def _vector(values: Mapping[str, float | Tensor]) -> Tensor:
     device = next((value.device for value in values.values() if isinstance(value, Tensor)), torch.device("cpu"))
     scalars = [
         value.detach().double().reshape(())
@@ -183,11 +195,7 @@ def means(values: Mapping[str, float | Tensor]) -> dict[str, float]:
         else torch.full((), float(value), dtype=torch.float64, device=device)
         for value in values.values()
     ]
-    vector = torch.stack(scalars)
-    if (world := world_size()) > 1:
-        distributed.all_reduce(vector)
-        vector /= world
-    return dict(zip(values, vector.tolist(), strict=True))  # by one transfer: each `item()` would let a GPU run dry
+    return torch.stack(scalars) if scalars else torch.empty(0, dtype=torch.float64)
 
 
 def embeddings_of_all(embeddings: Tensor, identities: Tensor) -> tuple[Tensor, Tensor]:
@@ -298,7 +306,7 @@ def run_under_torchrun(command: Sequence[str], processes: int, machines: int, ma
         return 128 + int(error.sigval)
     except distributed.DistError as error:
         raise UserError(
-            f"--dist-url '{address}': {machines} machines cannot meet there ({_first_line(error)}); give all of them "
+            f"--dist-url '{address}': {machines} machines cannot meet there ({first_line(error)}); give all of them "
             "the address of the one with --machine-rank 0, and a free port."
         ) from error
     return 0
@@ -309,7 +317,3 @@ def free_port() -> int:
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
         return int(server.getsockname()[1])
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

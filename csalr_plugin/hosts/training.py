@@ -11,6 +11,12 @@ from torch import Tensor, nn
 from csalr_plugin.models import PCB
 
 
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside a DataParallel or DistributedDataParallel, or the model itself."""
+    wrappers = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+    return model.module if isinstance(model, wrappers) else model
+
+
 class WarmUp:
     """Scales the learning rate of blocks and gates linearly from 0 over the first optimizer steps.
 

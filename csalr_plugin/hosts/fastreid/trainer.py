@@ -32,7 +32,7 @@ from csalr_plugin.hosts.distributed import gathered, is_lost, one_first, share_b
 from csalr_plugin.hosts.fastreid.config import IDENTITY_SAMPLERS, validate
 from csalr_plugin.hosts.fastreid.launch import gone
 from csalr_plugin.hosts.script import replaced
-from csalr_plugin.hosts.training import WarmUp, clip_gradients
+from csalr_plugin.hosts.training import WarmUp, clip_gradients, unwrapped
 from csalr_plugin.models import PCB, RefinedPCB
 from csalr_plugin.models.cost import count_gmacs, count_parameters
 
@@ -57,7 +57,7 @@ class Trainer(DefaultTrainer):  # type: ignore[misc]  # fast-reid carries no typ
             check_data(cfg)
         with replaced(defaults, {"DistributedDataParallel": partial(_in_several_processes, cfg)}):
             super().__init__(cfg)
-        network = self.model.module if isinstance(self.model, DistributedDataParallel) else self.model
+        network = unwrapped(self.model)
         self.warm_up = WarmUp(self.optimizer, cfg.CSALR.WARMUP)
         if isinstance(network, PCB):
             clip = _ClipGradients(network, cfg.CSALR.CLIP_GRADIENT)
@@ -152,7 +152,7 @@ class Trainer(DefaultTrainer):  # type: ignore[misc]  # fast-reid carries no typ
 
     def build_hooks(self) -> list[HookBase]:
         """The host's hooks and, for a model with refined parts, the phases of its training before them."""
-        network = self.model.module if isinstance(self.model, DistributedDataParallel) else self.model
+        network = unwrapped(self.model)
         phases = [RefinedParts(network, self.cfg.CSALR.RPP)] if isinstance(network, RefinedPCB) else []
         return [*phases, *super().build_hooks()]
 

@@ -22,14 +22,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from csalr_plugin.errors import SharedError, UserError
+from csalr_plugin.errors import SharedError, UserError, first_line
 from csalr_plugin.hosts import distributed
 from csalr_plugin.hosts.torchreid.config import active_config
 from csalr_plugin.hosts.torchreid.loading import draw_from, evaluation_loader, training_loader
 from csalr_plugin.hosts.torchreid.monitor import Monitor
-from csalr_plugin.hosts.torchreid.optimizer import unwrapped
 from csalr_plugin.hosts.torchreid.ranking import evaluate_rank
-from csalr_plugin.hosts.training import WarmUp, clip_gradients
+from csalr_plugin.hosts.training import WarmUp, clip_gradients, unwrapped
 from csalr_plugin.models import PCB, RefinedPCB
 
 
@@ -147,7 +146,7 @@ class _PluginTraining(_HostEngine):
                 self.scaler.step(self.optimizer)
             self.scaler.update()
             self._buffers_before = {}
-        summary |= distributed.means({f"alpha_{name}": block.alpha for name, block in self.blocks.items()})
+        summary |= distributed.numbers({f"alpha_{name}": block.alpha for name, block in self.blocks.items()})
         if self.scaler.is_enabled():
             summary["loss_scale"] = self.scaler.get_scale()
         self.monitor.count(summary, logits, identities)
@@ -188,10 +187,9 @@ class _PluginTraining(_HostEngine):
                 yield
         except torch._dynamo.exc.TorchDynamoException as error:  # looked up, and imported, only then
             cause = getattr(error, "inner_exception", error)
-            reason = (str(cause).strip().splitlines() or [type(cause).__name__])[0]
             raise UserError(
-                f"csalr.compile True: the network cannot be compiled here ({reason}); torch.compile needs a C++ "
-                "compiler such as g++, and Triton on a GPU. Install them, or set csalr.compile False."
+                f"csalr.compile True: the network cannot be compiled here ({first_line(cause)}); torch.compile needs a "
+                "C++ compiler such as g++, and Triton on a GPU. Install them, or set csalr.compile False."
             ) from error
 
     def loss_terms(
@@ -309,7 +307,7 @@ class _PluginTraining(_HostEngine):
         # The first process tells it, or the second where it was the first that ended.
         return (UserError if distributed.rank() < 2 else SharedError)(
             f"Training stopped at epoch {self.epoch + 1}, for another process of it has ended or cannot be reached "
-            f"({(str(error).strip().splitlines() or [''])[0]}). The last checkpoint is {checkpoint}; go on from it "
+            f"({first_line(error)}). The last checkpoint is {checkpoint}; go on from it "
             "with model.resume, with as many processes as you like."
         )
 

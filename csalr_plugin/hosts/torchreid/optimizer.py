@@ -9,15 +9,10 @@ import torchreid
 from torch import nn
 
 from csalr_plugin.hosts.torchreid.config import active_config
+from csalr_plugin.hosts.training import unwrapped
 from csalr_plugin.models import PCB
 
 _build_host_optimizer = torchreid.optim.build_optimizer
-
-
-def unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside a DataParallel or DistributedDataParallel, or the model itself."""
-    wrappers = (nn.DataParallel, nn.parallel.DistributedDataParallel)
-    return model.module if isinstance(model, wrappers) else model
 
 
 def build_optimizer(model: nn.Module, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:

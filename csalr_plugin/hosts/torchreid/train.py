@@ -35,7 +35,8 @@ from csalr_plugin.hosts.torchreid.config import (
     set_active_config,
 )
 from csalr_plugin.hosts.torchreid.engine import plugin_engine
-from csalr_plugin.hosts.torchreid.optimizer import build_optimizer, unwrapped
+from csalr_plugin.hosts.torchreid.optimizer import build_optimizer
+from csalr_plugin.hosts.training import unwrapped
 from csalr_plugin.models import PCB, RefinedPCB
 from csalr_plugin.models.cost import count_gmacs, count_parameters
 from csalr_plugin.models.weights import load_weights, mismatches, read_checkpoint, state_dict_of
