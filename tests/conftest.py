@@ -35,3 +35,14 @@ def no_active_config() -> Iterator[None]:
     from csalr_plugin.hosts.torchreid.config import set_active_config
 
     set_active_config(None)
+
+
+@pytest.fixture(params=["compiled", "operations"])
+def either_passes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The test runs twice: with the compiled passes over positions, and with those in torch's operations."""
+    from csalr_plugin.attention import compiled
+
+    if request.param == "operations":
+        monkeypatch.setattr(compiled.CompiledPositions, "can", staticmethod(lambda *_: False))
+    else:
+        assert compiled.library(torch.float32) is not None and compiled.library(torch.float64) is not None

@@ -90,6 +90,15 @@ class AttentionBlock(nn.Module, ABC):
         self.norm = nn.ModuleDict()
         return self
 
+    def _check(self, x: Tensor) -> None:
+        """Refuse what is no feature map of this block's.
+
+        Raises:
+            UserError: x is not (B, C, H, W).
+        """
+        if x.dim() != 4 or x.shape[1] != self.channels:
+            raise UserError(f"x has the shape {tuple(x.shape)}; this block takes (B, {self.channels}, H, W).")
+
     def _project(self, name: str, x: Tensor) -> Tensor:
         """Projection `name` of x: (B, C, H, W) -> (B, C_out, n)."""
         return self._normalise(name, getattr(self, name)(x).flatten(2))

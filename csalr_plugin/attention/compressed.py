@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from csalr_plugin.attention.block import AttentionBlock, autocast_like, full_range, observing, softmax
-from csalr_plugin.attention.low_rank import plan, spread_source, values
+from csalr_plugin.attention.block import AttentionBlock, observing, split, working_type
+from csalr_plugin.attention.compiled import Output, positions_of
+from csalr_plugin.attention.positions import Gathered, Plan, no_autocast, plan
 
 
 class CompressedSelfAttention(AttentionBlock):
@@ -18,6 +20,8 @@ class CompressedSelfAttention(AttentionBlock):
     With unit-length queries Q_i and bases w_k and the scale s = 14:
     B_kj = softmax over positions j of s w_k.Q_j and W_ik = softmax over bases k of s w_k.Q_i.
     Every group's bases see all C' query channels; the values are split into groups.
+
+    The maps are computed a tile at a time, and again in the backward pass, as CSALR's are.
 
     Args:
         channels: C, channels of the feature map.
@@ -37,37 +41,126 @@ class CompressedSelfAttention(AttentionBlock):
             nn.init.orthogonal_(group)
 
     def attend(self, x: Tensor) -> Tensor:
-        """O before gate and residual: (B, C, H, W) -> (B, C, H, W).
+        """O before gate and residual: (B, C, H, W) -> (B, C, H, W)."""
+        return self._evaluate(x, None, pooled=False)[0]
 
-        As in CSALR, `value` and `fuse` act on m rows in place of n positions where that is less work.
-        """
-        X, fuse = x.flatten(2), getattr(self, "fuse", None)  # B, C, n
-        Q = self._project("query", x)  # B, C', n
-        m = len(self.bases) // self.groups
-        way = plan(len(X), X.shape[1], X.shape[2], m, self.groups, x.device)
-        Q, X = full_range(Q, X)
-        with autocast_like(Q):
-            logits = self._logits(Q)  # B, groups, m, n
-            B, W = softmax(logits), softmax(logits, dim=2)
+    def forward(self, x: Tensor) -> Tensor:
+        """``x + alpha * O`` (Eq. 2): (B, C, H, W) -> (B, C, H, W); the identity as long as alpha is 0."""
+        return self._evaluate(x, self.alpha, pooled=False)[0]
+
+    def supervised(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """``forward(x)`` and the mean over positions of ``x * O``: (B, C, H, W) -> (B, C, H, W), (B, C)."""
+        return self._evaluate(x, self.alpha, pooled=True)
+
+    def _evaluate(self, x: Tensor, alpha: Tensor | None, pooled: bool) -> tuple[Tensor, Tensor]:
+        """As in CSALR, `value` and `fuse` act on m rows in place of n positions where that is less work."""
+        self._check(x)
+        dtype, groups, fuse = working_type(x), self.groups, getattr(self, "fuse", None)
+        wide = torch.promote_types(dtype, torch.float32)
+        way = plan(len(x), self.channels, x[0, 0].numel(), len(self.bases) // groups, groups, x.device)
+        Q = F.normalize(self._project("query", x).to(wide), dim=1).to(dtype)  # B, C', n
+        keys = self._bases().to(wide).mT.expand(len(x), -1, -1, -1)  # B, groups, C', m
+        W_v = self.value.weight.flatten(1)
+        rows = Gather.apply(x, Q, keys, W_v, groups, way, dtype)  # B, groups, m, C or c
+        with no_autocast(x):
             if way.at_landmarks:
-                rows = self._split(B.flatten(1, 2) @ X.mT)  # B, groups, m, C
-                E = values(rows, self.value.weight.flatten(1), way) + cast(Tensor, self.value.bias).view(
-                    self.groups, 1, -1
-                )
-            else:
-                E = B @ self._split(self.value(x).flatten(2)).mT  # B, groups, m, c
-            # Rows of B sum to 1, so an affine map of E is the same map of V: it folds into `value`.
-            E = self._split(self._normalise("value", E.mT.flatten(1, 2))).mT  # B, groups, m, c
-            if not way.at_landmarks or fuse is None:
-                return self._join(E.mT @ W, x)
-            source = spread_source(E, fuse.weight.flatten(1), fuse.bias, E.dtype, way, total=1)  # B, groups, m, C
-            return (source.flatten(1, 2).mT @ W.flatten(1, 2)).view_as(x)
+                heads = W_v.to(dtype).chunk(groups)  # c, C each
+                rows = torch.stack([row @ head.mT for row, head in zip(rows.unbind(1), heads, strict=True)], 1)
+            # Rows of B sum to 1, so an affine map of E is the same map of V.
+            E = rows.to(wide) + cast(Tensor, self.value.bias).view(groups, 1, -1)  # B, groups, m, c
+            E = split(self._normalise("value", E.mT.flatten(1, 2)), groups).mT.to(dtype)
+            W_f, b_f = (None, None) if fuse is None else (fuse.weight.flatten(1), fuse.bias)
+            if way.at_landmarks and W_f is not None and b_f is not None:
+                heads = W_f.to(dtype).chunk(groups, dim=1)  # C, c each
+                fused = torch.stack([row @ head.mT for row, head in zip(E.unbind(1), heads, strict=True)], 1)
+                E, W_f, b_f = fused + b_f.to(dtype) / groups, None, None
+        out, mean = Spread.apply(x, Q, keys, E, W_f, b_f, alpha, groups, way, pooled, dtype)
+        return out, mean
 
     def diagnose(self, x: Tensor) -> dict[str, float]:
         """The largest scaled cosine of a query and a base over x, (B, C, H, W); at most 14."""
         with observing(self):
-            return {"largest_logit": self._logits(self._project("query", x)).abs().max().item()}
+            Q = F.normalize(self._project("query", x), dim=1)
+            return {"largest_logit": (self._bases().flatten(0, 1) @ Q).abs().max().item()}
 
-    def _logits(self, Q: Tensor) -> Tensor:
-        """s w_k.Q_j with unit vectors: (B, C', n) -> (B, groups, m, n)."""
-        return self._split(self.scale * F.normalize(self.bases, dim=1) @ F.normalize(Q, dim=1))
+    def _bases(self) -> Tensor:
+        """s w_k with unit vectors, (groups, m, C')."""
+        return (self.scale * F.normalize(self.bases, dim=1)).unflatten(0, (self.groups, -1))  # type: ignore[no-untyped-call]
+
+
+class Gather(torch.autograd.Function):
+    """``B x``, (B, groups, m, C), or where `value` acts on positions ``B V``, (B, groups, m, c).
+
+    Args of ``apply``: x, (B, C, H, W); Q, (B, C', n); keys, (B, groups, C', m); W_v, (C, C); groups, way and dtype as
+    of :class:`csalr_plugin.attention.positions.Positions`.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, Q: Tensor, keys: Tensor, W_v: Tensor, groups: int, way: Plan, dtype: torch.dtype
+    ) -> Tensor:
+        """See the class."""
+        with no_autocast(x):
+            gathered = positions_of(x, None, groups, way, dtype).gather(Q, keys, W_v)
+        ctx.save_for_backward(x, Q, keys, W_v, *gathered)
+        ctx.settings = groups, way, dtype
+        return gathered.rows
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_rows: Tensor) -> tuple[Tensor | None, ...]:
+        """From the gradient of the rows to those of the tensors."""
+        x, Q, keys, W_v, *gathered = ctx.saved_tensors
+        groups, way, dtype = ctx.settings
+        with no_autocast(x):
+            d_x = torch.zeros_like(x.flatten(2), dtype=dtype)
+            positions = positions_of(x, None, groups, way, dtype)
+            d_Q, d_keys, d_W_v = positions.gather_backward(d_x, Q, keys, W_v, Gathered(*gathered), d_rows)
+        return d_x.to(x.dtype).view_as(x), d_Q, d_keys, d_W_v, None, None, None
+
+
+class Spread(torch.autograd.Function):
+    """``x + alpha O`` or, with alpha None, O; and if `pooled` the mean of ``x * O`` over positions, (B, C).
+
+    Args of ``apply``: x, Q and keys as of :class:`Gather`; what W spreads, (B, groups, m, C or c); weight and bias of
+    `fuse`, where that acts on positions; alpha; groups, way, pooled and dtype.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        Q: Tensor,
+        keys: Tensor,
+        source: Tensor,
+        W_f: Tensor | None,
+        b_f: Tensor | None,
+        alpha: Tensor | None,
+        groups: int,
+        way: Plan,
+        pooled: bool,
+        dtype: torch.dtype,
+    ) -> tuple[Tensor, Tensor | None]:
+        """See the class."""
+        with no_autocast(x):
+            bias = torch.zeros_like(keys[:, :, :1])  # B, groups, 1, m
+            positions = positions_of(x, None, groups, way, dtype)
+            out, mean = positions.spread(Q, keys, bias, source, W_f, b_f, alpha, pooled)
+        ctx.save_for_backward(x, Q, keys, source, W_f, b_f, alpha)
+        ctx.settings = groups, way, dtype
+        ctx.output = Output(positions, out)
+        return out, mean
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_out: Tensor, grad_mean: Tensor | None) -> tuple[Tensor | None, ...]:
+        """From the gradients of the two outputs to those of the tensors."""
+        x, Q, keys, source, W_f, b_f, alpha = ctx.saved_tensors
+        groups, way, dtype = ctx.settings
+        with no_autocast(x):
+            bias = torch.zeros_like(keys[:, :, :1])
+            out = ctx.output.unchanged()
+            positions = positions_of(x, None, groups, way, dtype)
+            d = positions.spread_backward(Q, keys, bias, source, W_f, b_f, alpha, out, grad_out, grad_mean)
+        d_x = d.x.to(x.dtype).view_as(x)
+        return d_x, d.Q, d.for_queries, d.source.to(source.dtype), d.W_f, d.b_f, d.alpha, None, None, None, None

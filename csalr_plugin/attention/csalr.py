@@ -58,6 +58,7 @@ class CSALR(AttentionBlock):
         return self._evaluate(x, self.alpha, pooled=True)
 
     def _evaluate(self, x: Tensor, alpha: Tensor | None, pooled: bool) -> tuple[Tensor, Tensor]:
+        self._check(x)
         dtype = working_type(x)
         wide = torch.promote_types(dtype, torch.float32)
         gain_q, shift_q = self._affine("query")

@@ -42,11 +42,6 @@ class LandmarkGrid:
         image = features.reshape(*lead, self.height, self.width)
         return (down @ image @ across.mT).flatten(-2)  # ..., C, m
 
-    def pool_backward(self, gradient: Tensor) -> Tensor:
-        """The gradient of :meth:`pool`, each landmark's shared out evenly: (..., C, m) -> (..., C, H*W)."""
-        share = gradient.unflatten(-1, (self.rows, self.columns)) / self.sizes()  # type: ignore[no-untyped-call]
-        return share.index_select(-1, self.column_of).index_select(-2, self.row_of).flatten(-2)
-
     def sizes(self) -> Tensor:
         """Positions of each landmark, (H', W')."""
         rows, columns = (torch.arange(parts, device=self.row_of.device) for parts in (self.rows, self.columns))

@@ -65,6 +65,7 @@ class SelfAttention(AttentionBlock):
 
     def attend(self, x: Tensor) -> Tensor:
         """A V of Eq. 1-2: (B, C, H, W) -> (B, C, H, W)."""
+        self._check(x)
         Q, K, V = full_range(*(self._project(name, x).mT for name in ("query", "key", "value")))  # B, n, C' or C
         with autocast_like(Q):
             Q = Q * logit_scale(Q, K)

@@ -1,0 +1,323 @@
+"""The passes over n positions in C++, for fp32 and fp64 on a CPU: `positions.cpp`, compiled when first needed."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import shutil
+import subprocess
+import tempfile
+import warnings
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode
+
+from csalr_plugin.attention.landmarks import LandmarkGrid
+from csalr_plugin.attention.positions import Gathered, Plan, Positions, ProjectionGradient, SpreadGradients
+from csalr_plugin.errors import UserError
+
+SOURCE = Path(__file__).with_name("positions.cpp")
+NUMBERS = {torch.float32: "float", torch.float64: "double"}
+SHAPE = ("B", "C", "D", "d", "step", "n", "m", "groups", "at_landmarks", "workers")
+
+
+class Shape(ctypes.Structure):
+    """`Shape` of positions.cpp."""
+
+    _fields_ = [(name, ctypes.c_long) for name in SHAPE]
+
+
+class CompiledPositions(Positions):
+    """:class:`Positions` whose passes read a tile of the batch once and keep it in the cache until all is done."""
+
+    @staticmethod
+    def can(x: Tensor, dtype: torch.dtype) -> bool:
+        """Whether there are such passes for x: real numbers on a CPU, and nothing that watches single operations."""
+        return (
+            x.device.type == "cpu"
+            and x.numel() > 0
+            and x.dtype is dtype
+            and type(x) is Tensor
+            and not torch.compiler.is_compiling()
+            and not torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+            and _get_current_dispatch_mode() is None
+            and library(dtype) is not None
+        )
+
+    def project(self, W_q: Tensor, W_k: Tensor) -> tuple[Tensor, Tensor]:
+        """See :class:`Positions`."""
+        Q, K = (self._new(len(W), self._n) for W in (W_q, W_k))
+        self._call("project", len(W_q), 0, self.X, W_q, W_k, Q, K)
+        return Q, K
+
+    def moments(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        """See :class:`Positions`."""
+        if features.dtype is not self.X.dtype:
+            return super().moments(features)
+        means, squares = self._new(features.shape[1]), self._new(features.shape[1])
+        self._call("moments", 0, 0, features, means.numel(), features.shape[2], means, squares)
+        return means, squares
+
+    def pool(self, features: Tensor) -> Tensor:
+        """See :class:`Positions`."""
+        assert self.grid is not None
+        pooled = self._new(features.shape[1], self.grid.m)
+        sizes = self.grid.sizes().flatten()
+        self._call("pool", features.shape[1], self.grid.m, features, self.landmark_of, sizes, pooled)
+        return pooled
+
+    def gather(self, K: Tensor, for_keys: Tensor, W_v: Tensor) -> Gathered:
+        """See :class:`Positions`."""
+        groups, m, C = self.groups, for_keys.shape[3], self.X.shape[1]
+        log_sum = self._new(groups, m)
+        rows = self._wide(m) if self.way.at_landmarks else self._narrow(m)
+        V = None if self.way.at_landmarks else self._new(C, self._n)
+        self._call("gather", K.shape[1], m, self.X, K, for_keys, W_v, V, rows, log_sum)
+        return Gathered(rows.permute(0, 2, 3, 1) if V is None else rows.mT, V, log_sum)
+
+    def inverse(self, systems: Tensor) -> Tensor:
+        """See :class:`Positions`."""
+        inverses = torch.empty_like(systems)
+        self._call("inverse", 0, systems.shape[3], systems, inverses)
+        return inverses
+
+    def times_inverse(self, inverse: Tensor, rows: Tensor, *, transposed: bool = False) -> Tensor:
+        """See :class:`Positions`."""
+        result = self._narrow(rows.shape[2])
+        self._call("times_squares", 0, rows.shape[2], inverse, transposed, of_channels(rows, False), result)
+        return result.mT
+
+    def values(self, rows: Tensor, W_v: Tensor) -> Tensor:
+        """See :class:`Positions`."""
+        return self._at_landmarks(W_v, rows, of_rows=True, narrows=True)
+
+    def values_backward(self, d_E: Tensor, rows: Tensor, W_v: Tensor) -> tuple[Tensor, Tensor]:
+        """See :class:`Positions`."""
+        d_W_v = self._weight_at_landmarks(rows, d_E, of_rows=True)
+        return self._at_landmarks(W_v, d_E, of_rows=True, narrows=False), d_W_v
+
+    def fuse(self, Z: Tensor, W_f: Tensor, b_f: Tensor) -> Tensor:
+        """See :class:`Positions`."""
+        return self._at_landmarks(W_f, Z, of_rows=False, narrows=False, bias=b_f / (2 * self.groups))
+
+    def fuse_backward(self, d_source: Tensor, Z: Tensor, W_f: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """See :class:`Positions`."""
+        d_W_f = self._weight_at_landmarks(d_source, Z, of_rows=False)
+        d_b_f = d_source.sum((0, 1, 2)) / (2 * self.groups)
+        return self._at_landmarks(W_f, d_source, of_rows=False, narrows=True), d_W_f, d_b_f
+
+    def gather_backward(
+        self, d_x: Tensor, K: Tensor, for_keys: Tensor, W_v: Tensor, gathered: Gathered, d_rows: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """See :class:`Positions`."""
+        rows, V, log_sum = gathered
+        d_K, d_for_keys = torch.empty_like(K), self._new(self.groups, for_keys.shape[3], for_keys.shape[2])
+        d_W_v = None if V is None else torch.empty_like(W_v)
+        features = self.X if V is None else V
+        inputs = (self.X, features, K, for_keys, log_sum, W_v)
+        both = (of_channels(one, V is None) for one in (rows, d_rows))
+        self._call("gather_backward", K.shape[1], for_keys.shape[3], *inputs, *both, d_x, d_K, d_for_keys, d_W_v)
+        return d_K, d_for_keys.mT, d_W_v
+
+    def spread(
+        self,
+        Q: Tensor,
+        for_queries: Tensor,
+        bias: Tensor,
+        source: Tensor,
+        W_f: Tensor | None,
+        b_f: Tensor | None,
+        alpha: Tensor | None,
+        pooled: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        """See :class:`Positions`."""
+        out, mean = self._new(*self.like.shape[1:]), self._new(self.X.shape[1]) if pooled else None
+        rows = of_channels(source, self.way.at_landmarks)
+        inputs = (self.X, Q, for_queries, bias, self.landmark_of, rows, W_f, b_f, alpha)
+        self._call("spread", Q.shape[1], bias.shape[3], *inputs, out, mean)
+        return out, mean
+
+    def spread_backward(
+        self,
+        Q: Tensor,
+        for_queries: Tensor,
+        bias: Tensor,
+        source: Tensor,
+        W_f: Tensor | None,
+        b_f: Tensor | None,
+        alpha: Tensor | None,
+        out: Tensor | None,
+        grad_out: Tensor,
+        grad_mean: Tensor | None,
+    ) -> SpreadGradients:
+        """See :class:`Positions`."""
+        (_, groups, d, m), C = for_queries.shape, self.X.shape[1]
+        d_x, d_Q = self._new(C, self._n), torch.empty_like(Q)
+        at_landmarks = self.way.at_landmarks
+        d_source = self._wide(m) if at_landmarks else self._narrow(m)
+        d_for_queries, d_bias, d_alpha = self._new(groups, m, d), torch.empty_like(bias), self.X.new_empty(())
+        d_W_f, d_b_f = (None if one is None else torch.empty_like(one) for one in (W_f, b_f))
+        rows = of_channels(source, at_landmarks)
+        inputs = (self.X, Q, for_queries, bias, self.landmark_of, rows, W_f, b_f, alpha, out)
+        outputs = (d_x, d_Q, d_source, d_for_queries, d_bias, d_alpha, d_W_f, d_b_f)
+        self._call("spread_backward", Q.shape[1], m, *inputs, grad_out, grad_mean, *outputs)
+        return SpreadGradients(
+            d_x,
+            d_Q,
+            d_source.permute(0, 2, 3, 1) if at_landmarks else d_source.mT,
+            d_for_queries.mT,
+            d_bias,
+            None if alpha is None else d_alpha,
+            d_W_f,
+            d_b_f,
+        )
+
+    def project_backward(
+        self, d_x: Tensor, query: ProjectionGradient, key: ProjectionGradient
+    ) -> tuple[Tensor, Tensor]:
+        """See :class:`Positions`."""
+        D = len(query.W)
+        d_W = self.X.new_empty(2, D, self.X.shape[1])
+        weights, features, gradients, slopes, shares = zip(query, key, strict=True)
+        inputs = (*weights, *features, self.landmark_of, *slopes, *shares, *gradients)
+        self._call("project_backward", D, query.shares.shape[2], self.X, *inputs, d_x, d_W)
+        d_W_q, d_W_k = d_W
+        return d_W_q, d_W_k
+
+    def _at_landmarks(
+        self, W: Tensor, rows: Tensor, *, of_rows: bool, narrows: bool, bias: Tensor | None = None
+    ) -> Tensor:
+        """`times_at_landmarks` of positions.cpp: (B, groups, m, C) -> (B, groups, m, c) or, unless `narrows`, back."""
+        result = self._narrow(rows.shape[2]) if narrows else self._wide(rows.shape[2])
+        self._call(
+            "times_at_landmarks", 0, rows.shape[2], W, of_rows, narrows, of_channels(rows, narrows), bias, result
+        )
+        return result.mT if narrows else result.permute(0, 2, 3, 1)
+
+    def _weight_at_landmarks(self, wide: Tensor, narrow: Tensor, *, of_rows: bool) -> Tensor:
+        """Of such a weight the gradient: (B, groups, m, C), (B, groups, m, c) -> (C, C)."""
+        d_W = wide.new_empty(wide.shape[3], wide.shape[3])
+        both = of_channels(wide, True), of_channels(narrow, False)
+        self._call("times_at_landmarks_backward", 0, wide.shape[2], *both, of_rows, d_W)
+        return d_W
+
+    def _wide(self, m: int) -> Tensor:
+        """Memory for m rows of C a group: (B, C, groups, m)."""
+        return self._new(self.X.shape[1], self.groups, m)
+
+    def _narrow(self, m: int) -> Tensor:
+        """Memory for m rows of c a group: (B, groups, c, m)."""
+        return self._new(self.groups, self.X.shape[1] // self.groups, m)
+
+    @property
+    def _n(self) -> int:
+        return self.X.shape[2]
+
+    def _new(self, *shape: int) -> Tensor:
+        """Memory for (B, *shape)."""
+        return self.X.new_empty(len(self.X), *shape)
+
+    def _call(self, name: str, D: int, m: int, *arguments: Tensor | int | None) -> None:
+        """Call function `name` of positions.cpp; C' is `D`. What it writes is among `arguments` and contiguous.
+
+        Raises:
+            UserError: a tensor is on another device than x, or of another type.
+        """
+        for one in arguments:
+            if isinstance(one, Tensor) and (one.is_cpu, one.dtype) not in ((True, self.X.dtype), (True, torch.int64)):
+                raise UserError(
+                    f"x is {self.X.dtype} on {self.X.device}, and a tensor of the attention block {one.dtype} on "
+                    f"{one.device}: they must be the same; move one of them by .to()."
+                )
+        B, C, n = self.X.shape
+        d, step = (D, 0) if self.grid is None else (D // self.groups, D // self.groups)
+        sizes = (B, C, D, d, step, n, m, self.groups, self.way.at_landmarks, torch.get_num_threads())
+        contiguous = [
+            one.contiguous() if isinstance(one, Tensor) else one for one in arguments
+        ]  # alive until it returns
+        passed = [
+            ctypes.c_long(one) if isinstance(one, int) else ctypes.c_void_p(None if one is None else one.data_ptr())
+            for one in contiguous
+        ]
+        getattr(library(self.X.dtype), name)(ctypes.byref(Shape(*sizes)), *passed)
+
+
+def positions_of(x: Tensor, grid: LandmarkGrid | None, groups: int, way: Plan, dtype: torch.dtype) -> Positions:
+    """The passes over the positions of x; its arguments are those of :class:`Positions`."""
+    kind = CompiledPositions if CompiledPositions.can(x, dtype) else Positions
+    return kind(x, grid, groups, way, dtype)
+
+
+class Output:
+    """What a forward pass returned, for its backward pass. The next layer keeps it in any case, so it costs nothing.
+
+    Nothing is held where only other passes run, and in inference mode.
+    """
+
+    def __init__(self, positions: Positions, out: Tensor) -> None:
+        self.out: Tensor | None = None
+        if isinstance(positions, CompiledPositions) and not torch.is_inference_mode_enabled():
+            self.out, self.version = out.detach(), out._version
+
+    def unchanged(self) -> Tensor | None:
+        """The tensor, unless someone has written into it."""
+        return self.out if self.out is not None and self.out._version == self.version else None
+
+
+def of_channels(rows: Tensor, wide: bool) -> Tensor:
+    """(B, groups, m, C) -> (B, C, groups, m) if `wide`; else (B, groups, m, c) -> (B, groups, c, m)."""
+    return rows.permute(0, 3, 1, 2) if wide else rows.mT
+
+
+@functools.cache
+def library(dtype: torch.dtype) -> ctypes.CDLL | None:
+    """positions.cpp for one type of number, compiled for this processor; None, with a warning, where that fails."""
+    if dtype not in NUMBERS:
+        return None
+    try:
+        return ctypes.CDLL(str(compile_for(NUMBERS[dtype])))
+    except (OSError, RuntimeError, subprocess.SubprocessError) as error:
+        reason = str(getattr(error, "stderr", None) or error).strip().splitlines()[0]
+        warnings.warn(
+            f"CSALR runs on torch's own operations, which are slower on a CPU: {SOURCE.name} cannot be compiled "
+            f"({reason}). Install g++, name a compiler in CXX, or a writable cache folder in XDG_CACHE_HOME.",
+            stacklevel=2,
+        )
+        return None
+
+
+def compile_for(number: str) -> Path:
+    """The shared library for `number`, "float" or "double", from the user's cache or a compiler.
+
+    Its name holds all it depends on: the source, the compiler and this processor's instructions.
+
+    Raises:
+        OSError, RuntimeError: there is no compiler, or no folder to write into.
+        subprocess.SubprocessError: it failed.
+    """
+    compiler = os.environ.get("CXX") or next(filter(shutil.which, ("g++", "c++")), None)
+    if compiler is None:
+        raise FileNotFoundError("no C++ compiler is there")
+    command = [compiler, "-std=c++17", "-O3", "-march=native", "-fopenmp", "-fPIC", f"-DREAL={number}"]
+    target = run([*command, "-dM", "-E", "-x", "c++", os.devnull])  # every macro the compiler defines
+    digest = hashlib.sha256(SOURCE.read_bytes() + target.encode()).hexdigest()[:16]
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "csalr_plugin"
+    library = folder / f"positions-{number}-{digest}.so"
+    if not library.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder) as scratch:  # several processes may do this at once
+            code, linked = Path(scratch, "code.o"), Path(scratch, "library.so")
+            run([*command, "-c", str(SOURCE), "-o", str(code)])
+            # Without -fopenmp: its functions are found in torch, so both share one set of threads.
+            run([compiler, "-shared", str(code), "-o", str(linked)])
+            os.replace(linked, library)
+    return library
+
+
+def run(command: list[str]) -> str:
+    """What a command prints."""
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout

@@ -1,0 +1,846 @@
+// What CSALR does at n positions, on a CPU: the loops of positions.py over tiles that stay in the cache.
+//
+// A tile is some 100 to 200 neighbouring positions of one image. All that a pass does at them, products with the m
+// landmarks, softmax, gate and residual, is done before the next tile is read; so no map is ever written to memory, and
+// the products run at the speed of the arithmetic. Tensors are contiguous, (channels, n) an image; positions.py says
+// what each function computes. Names are the paper's: C channels, D = C' channels of queries and keys, c and d the same
+// a group.
+//
+// One compilation serves one type of number, REAL.
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <limits>
+#include <type_traits>
+#include <vector>
+
+namespace {
+
+using real = REAL;
+
+#ifdef __AVX512F__
+constexpr long BYTES = 64, ROWS = 8;  // of a vector register; rows of a product that are held in registers
+#else
+constexpr long BYTES = 32, ROWS = 4;
+#endif
+constexpr long LANES = BYTES / sizeof(real);
+
+typedef real vec __attribute__((vector_size(BYTES), aligned(alignof(real)), may_alias));
+typedef std::conditional_t<sizeof(real) == 4, int32_t, int64_t> whole;
+typedef whole wholes __attribute__((vector_size(BYTES)));
+
+inline vec& at(real* place) { return *reinterpret_cast<vec*>(place); }
+inline const vec& at(const real* place) { return *reinterpret_cast<const vec*>(place); }
+inline vec larger(vec a, vec b) { return a > b ? a : b; }
+
+inline real sum(const vec& v) {
+    real total = 0;
+    for (long lane = 0; lane < LANES; lane++) total += v[lane];
+    return total;
+}
+
+constexpr long padded(long count) { return (count + LANES - 1) / LANES * LANES; }
+
+// e^x of x <= 0: 2^k e^r with |r| <= ln(2) / 2 and the Taylor series of e^r. What is below the smallest normal
+// number becomes about that number; NaN stays NaN.
+inline vec exponential(vec x) {
+    constexpr bool wide = sizeof(real) == 8;
+    constexpr long degree = wide ? 13 : 7, fraction = wide ? 52 : 23, bias = wide ? 1023 : 127;
+    constexpr real lowest = wide ? -708 : -87, log2_e = 1.4426950408889634;
+    constexpr real ln2_high = wide ? 0x1.62e42feep-1 : 0x1.62e4p-1, ln2_low = 0.6931471805599453 - double(ln2_high);
+    constexpr real shift = wide ? 0x1.8p52 : 0x1.8p23;  // a sum with it rounds to whole numbers, in its low bits
+    x = x < lowest ? lowest - vec{} : x;
+    vec shifted = x * log2_e + shift, k = shifted - shift, r = (x - k * ln2_high) - k * ln2_low;
+    vec series = vec{} + 1;
+    for (long term = degree; term > 0; term--) series = 1 + series * r * (real(1) / term);
+    wholes power = ((wholes)shifted << fraction) + (whole(bias) << fraction);  // a cast keeps the bits
+    return series * (vec)power;
+}
+
+// From here on O = (out - x) / alpha, and is not computed again; with a smaller gate that would lose digits.
+constexpr real LEAST_ALPHA = 1. / 64;
+
+// Products
+
+enum class Start { zero, target, scaled };  // what a product is added to: nothing, C, or C times a factor a column
+
+// `rows` rows and `columns` registers of C = start + A B, with A(r, k) at A[r * lda + k], or A[k * lda + r] if turned.
+template <long rows, long columns, bool turned>
+inline void product_in_registers(long K, const real* A, long lda, const real* B, long ldb, real* C, long ldc,
+                                 Start start, const real* factor) {
+    vec total[rows][columns];
+    for (long r = 0; r < rows; r++)
+        for (long j = 0; j < columns; j++) {
+            total[r][j] = start == Start::zero ? vec{} : at(C + r * ldc + j * LANES);
+            if (start == Start::scaled) total[r][j] *= at(factor + j * LANES);
+        }
+    for (long k = 0; k < K; k++) {
+        vec b[columns];
+        for (long j = 0; j < columns; j++) b[j] = at(B + k * ldb + j * LANES);
+        for (long r = 0; r < rows; r++)
+            for (long j = 0; j < columns; j++) total[r][j] += (turned ? A[k * lda + r] : A[r * lda + k]) * b[j];
+    }
+    for (long r = 0; r < rows; r++)
+        for (long j = 0; j < columns; j++) at(C + r * ldc + j * LANES) = total[r][j];
+}
+
+// The rows of C that come in whole blocks of `rows`; returns how many.
+template <long rows, bool turned>
+long product_of_rows(long M, long N, long K, const real* A, long lda, const real* B, long ldb, real* C, long ldc,
+                     Start start, const real* factor) {
+    long done = M / rows * rows;
+    long step = turned ? 1 : lda;
+    for (long j = 0; j < N;) {
+        bool two = N - j >= 2 * LANES;
+        for (long i = 0; i < done; i += rows)
+            (two ? product_in_registers<rows, 2, turned> : product_in_registers<rows, 1, turned>)(
+                K, A + i * step, lda, B + j, ldb, C + i * ldc + j, ldc, start, factor ? factor + j : nullptr);
+        j += two ? 2 * LANES : LANES;
+    }
+    return done;
+}
+
+// C = start + A B for (M, K) and (K, N), where N is a multiple of LANES; `turned`: A is stored (K, M).
+template <bool turned>
+void product(long M, long N, long K, const real* A, long lda, const real* B, long ldb, real* C, long ldc,
+             Start start = Start::zero, const real* factor = nullptr) {
+    long step = turned ? 1 : lda;
+    long done = product_of_rows<ROWS, turned>(M, N, K, A, lda, B, ldb, C, ldc, start, factor);
+    product_of_rows<1, turned>(M - done, N, K, A + done * step, lda, B, ldb, C + done * ldc, ldc, start, factor);
+}
+
+// Tiles
+
+// (rows, n) -> (rows, T), zero beyond the end of the image.
+void load(const real* image, long rows, long n, long first, real* tile, long T) {
+    long count = std::min(T, n - first);
+    for (long r = 0; r < rows; r++) {
+        std::memcpy(tile + r * T, image + r * n + first, count * sizeof(real));
+        std::fill(tile + r * T + count, tile + (r + 1) * T, real(0));
+    }
+}
+
+void store(const real* tile, long rows, long n, long first, real* image, long T) {
+    long count = std::min(T, n - first);
+    for (long r = 0; r < rows; r++) std::memcpy(image + r * n + first, tile + r * T, count * sizeof(real));
+}
+
+// (rows, columns) -> (columns, width), where columns from `rows` on stay as they are; `stride` between rows.
+void transpose(const real* from, long rows, long columns, long stride, real* to, long width) {
+    for (long first = 0; first < rows; first += LANES)
+        for (long t = 0; t < columns; t++)
+            for (long row = first; row < std::min(rows, first + LANES); row++)
+                to[t * width + row] = from[row * stride + t];
+}
+
+void transpose(const real* tile, long rows, real* turned, long width, long T) {
+    transpose(tile, rows, T, T, turned, width);
+}
+
+// Softmax over the rows of each column of (m, T), to which `bias`, (m,), is added before.
+void softmax_of_columns(real* logits, const real* bias, long m, long T) {
+    for (real* column = logits; column < logits + T; column += LANES) {
+        vec top = at(column) + bias[0];
+        for (long k = 1; k < m; k++) top = larger(top, at(column + k * T) + bias[k]);
+        vec total{};
+        for (long k = 0; k < m; k++)
+            total += at(column + k * T) = exponential(at(column + k * T) + (bias[k] - top));
+        for (long k = 0; k < m; k++) at(column + k * T) /= total;
+    }
+}
+
+// The gradient of the logits from that of their softmax over rows, in place.
+void softmax_of_columns_backward(real* gradient, const real* probabilities, long m, long T) {
+    for (long t = 0; t < T; t += LANES) {
+        vec total{};
+        for (long k = 0; k < m; k++) total += at(gradient + k * T + t) * at(probabilities + k * T + t);
+        for (long k = 0; k < m; k++)
+            at(gradient + k * T + t) = at(probabilities + k * T + t) * (at(gradient + k * T + t) - total);
+    }
+}
+
+// Memory and threads
+
+// A thread's own memory, used again by every call: fresh pages would cost as much as what is computed in them.
+class Memory {
+  public:
+    real* take(long count) {
+        blocks[used].resize(std::max<size_t>(blocks[used].size(), count + LANES));
+        auto address = reinterpret_cast<uintptr_t>(blocks[used++].data());
+        return reinterpret_cast<real*>((address + BYTES - 1) / BYTES * BYTES);
+    }
+    real* zeros(long count) {
+        real* block = take(count);
+        std::fill(block, block + count, real(0));
+        return block;
+    }
+    void reset() { used = 0; }
+
+  private:
+    std::vector<real> blocks[32];
+    long used = 0;
+};
+
+thread_local Memory caller_memory, worker_memory;
+
+struct Segment {  // neighbouring tiles of one image, which one worker computes
+    long index, image, begin, end;
+};
+
+}  // namespace
+
+extern "C" {
+struct Shape {
+    long B, C, D, d, step, n, m, groups, at_landmarks, workers;  // group g sees d channels of D from g * step on
+};
+}
+
+namespace {
+
+// Positions of a tile: as many as let the cache of one core hold all that a pass computes at them, for which it reads
+// long runs of memory.
+long tile_of(const Shape& s) {
+    long fitting = (1 << 20) / sizeof(float) * 9 / 10 / (4 * s.C + 2 * s.groups * s.m);
+    return std::min((s.n + 31) / 32 * 32, std::max(96L, std::min(192L, fitting / 32 * 32)));
+}
+
+// Calls work(worker) for each worker, on a thread of its own and with fresh worker_memory.
+template <class Work>
+void each_worker(long workers, const Work& work) {
+#pragma omp parallel for schedule(static, 1) num_threads(workers)
+    for (long worker = 0; worker < workers; worker++) {
+        worker_memory.reset();
+        work(worker);
+    }
+}
+
+// An even share of all tiles for each worker. What is summed by whom depends on the shape alone, never on which thread
+// was free: the same call gives the same digits.
+class Shares {
+  public:
+    explicit Shares(const Shape& s) : T(tile_of(s)), workers(s.workers), first_of(s.workers + 1) {
+        long tiles = (s.n + T - 1) / T;
+        for (long worker = 0; worker < workers; worker++) {
+            long begin = s.B * tiles * worker / workers, end = s.B * tiles * (worker + 1) / workers;
+            first_of[worker] = segments.size();
+            while (begin < end) {
+                long image = begin / tiles, stop = std::min(end, (image + 1) * tiles);
+                segments.push_back({long(segments.size()), image, begin - image * tiles, stop - image * tiles});
+                begin = stop;
+            }
+        }
+        first_of[workers] = segments.size();
+    }
+
+    // Calls work(worker, tiles) for each worker; tiles(visit) calls visit(segment, first position) for each tile.
+    template <class Work>
+    void each(const Work& work) const {
+        each_worker(workers, [&](long worker) {
+            work(worker, [&](const auto& visit) {
+                for (long i = first_of[worker]; i < first_of[worker + 1]; i++)
+                    for (long tile = segments[i].begin; tile < segments[i].end; tile++) visit(segments[i], tile * T);
+            });
+        });
+    }
+
+    // target (B, rows, columns): for each image the sum over its segments of `parts`, (segments, rows, width).
+    void add_up(const real* parts, long rows, long width, long columns, real* target) const {
+        each_worker(workers, [&](long worker) {
+            for (long i = 0; i < size(); i++)
+                for (long row = rows * worker / workers; row < rows * (worker + 1) / workers; row++) {
+                    bool first = i == 0 || segments[i].image != segments[i - 1].image;
+                    const real* from = parts + (i * rows + row) * width;
+                    real* to = target + (segments[i].image * rows + row) * columns;
+                    for (long j = 0; j < columns; j++) to[j] = first ? from[j] : to[j] + from[j];
+                }
+        });
+    }
+
+    long size() const { return segments.size(); }
+
+    const long T;  // positions of a tile
+    std::vector<Segment> segments;
+
+  private:
+    long workers;
+    std::vector<long> first_of;
+};
+
+// target (rows, columns): the sum over workers of `parts`, (workers, rows, width).
+void add_up_workers(const Shape& s, const real* parts, long rows, long width, long columns, real* target) {
+    each_worker(s.workers, [&](long worker) {
+        for (long row = rows * worker / s.workers; row < rows * (worker + 1) / s.workers; row++)
+            for (long part = 0; part < s.workers; part++)
+                for (long j = 0; j < columns; j++) {
+                    real one = parts[(part * rows + row) * width + j];
+                    target[row * columns + j] = part ? target[row * columns + j] + one : one;
+                }
+    });
+}
+
+// What group g adds its gradient of queries or keys to: nothing, or what the groups before it wrote to these channels.
+Start start_of_group(const Shape& s, long g) { return g && !s.step ? Start::target : Start::zero; }
+
+// total (C, C) += left right^T for (C, T) each; `turned` is scratch, (T, padded(C)), zero beyond C.
+void add_outer(long C, const real* left, const real* right, real* turned, real* total, long T) {
+    transpose(right, C, turned, padded(C), T);
+    product<false>(C, padded(C), T, left, T, turned, padded(C), total, padded(C), Start::target);
+}
+
+// A_nm = S_nm + P of Eq. 15, transposed: (groups m, T). `own`: the entries of S_nm to which P adds 1,
+// (groups, T).
+void map_of_queries(const Shape& s, const real* q, const real* for_queries, const real* bias,
+                    const int64_t* landmark_of, long first, real* A, real* own, long T) {
+    long d = s.d;
+    for (long g = 0; g < s.groups; g++) {
+        real* map = A + g * s.m * T;
+        product<true>(s.m, T, d, for_queries + g * d * s.m, s.m, q + g * s.step * T, T, map, T);
+        softmax_of_columns(map, bias + g * s.m, s.m, T);
+        if (!landmark_of) continue;
+        for (long t = 0; t < std::min(T, s.n - first); t++) {
+            real& entry = map[landmark_of[first + t] * T + t];
+            own[g * T + t] = entry;
+            entry += 1;
+        }
+    }
+}
+
+// O of Eq. 17, (C, T), unless null, and U, (C, T), what `fuse` acts on where that is at positions.
+void attend(const Shape& s, const real* A, const real* source, const real* W_f, const real* b_f, real* U, real* O,
+            long T) {
+    if (s.at_landmarks) {
+        if (O) product<false>(s.C, T, s.groups * s.m, source, s.groups * s.m, A, T, O, T);
+        return;
+    }
+    long c = s.C / s.groups;
+    real* target = W_f ? U : O;
+    for (long g = 0; target && g < s.groups; g++)
+        product<false>(c, T, s.m, source + g * c * s.m, s.m, A + g * s.m * T, T, target + g * c * T, T);
+    if (!W_f || !O) return;
+    for (long row = 0; row < s.C; row++) std::fill(O + row * T, O + (row + 1) * T, b_f[row]);
+    product<false>(s.C, T, s.C, W_f, s.C, U, T, O, T, Start::target);
+}
+
+}  // namespace
+
+extern "C" {
+
+// Q and K: X (B, C, n), W_q and W_k (D, C) -> (B, D, n) each.
+void project(const Shape* shape, const real* X, const real* W_q, const real* W_k, real* Q, real* K) {
+    const Shape& s = *shape;
+    Shares shares(s);
+    const long T = shares.T;
+    shares.each([&](long, const auto& tiles) {
+        real *x = worker_memory.take(s.C * T), *y = worker_memory.take(s.D * T);
+        tiles([&](const Segment& part, long first) {
+            load(X + part.image * s.C * s.n, s.C, s.n, first, x, T);
+            product<false>(s.D, T, s.C, W_q, s.C, x, T, y, T);
+            store(y, s.D, s.n, first, Q + part.image * s.D * s.n, T);
+            product<false>(s.D, T, s.C, W_k, s.C, x, T, y, T);
+            store(y, s.D, s.n, first, K + part.image * s.D * s.n, T);
+        });
+    });
+}
+
+// The mean of each landmark's positions: features (B, D, n), landmark_of (n,), sizes (m,) -> pooled (B, D, m).
+void pool(const Shape* shape, const real* features, const int64_t* landmark_of, const int64_t* sizes, real* pooled) {
+    const Shape& s = *shape;
+    constexpr long together = 8;  // rows: sums that follow each other in one row would wait for each other
+    long rows = s.B * s.D, blocks = (rows + together - 1) / together;
+    std::fill(pooled, pooled + rows * s.m, real(0));
+    each_worker(s.workers, [&](long worker) {
+        for (long block = blocks * worker / s.workers; block < blocks * (worker + 1) / s.workers; block++) {
+            long first = block * together, count = std::min(together, rows - first);
+            for (long t = 0; t < s.n; t++)
+                for (long row = first; row < first + count; row++)
+                    pooled[row * s.m + landmark_of[t]] += features[row * s.n + t];
+            for (long row = first; row < first + count; row++)
+                for (long k = 0; k < s.m; k++) pooled[row * s.m + k] /= sizes[k];
+        }
+    });
+}
+
+// Mean, and sum of squares about it, of each of `rows` rows of features, (rows, n).
+void moments(const Shape* shape, const real* features, long rows, long n, real* means, real* squares) {
+    const Shape& s = *shape;
+    each_worker(s.workers, [&](long worker) {
+        for (long row = rows * worker / s.workers; row < rows * (worker + 1) / s.workers; row++) {
+            const real* from = features + row * n;
+            long whole_registers = n / LANES * LANES;
+            vec total{}, square{};
+            for (long t = 0; t < whole_registers; t += LANES) total += at(from + t);
+            real mean = sum(total);
+            for (long t = whole_registers; t < n; t++) mean += from[t];
+            mean /= n;
+            for (long t = 0; t < whole_registers; t += LANES) square += (at(from + t) - mean) * (at(from + t) - mean);
+            squares[row] = sum(square);
+            for (long t = whole_registers; t < n; t++) squares[row] += (from[t] - mean) * (from[t] - mean);
+            means[row] = mean;
+        }
+    });
+}
+
+// S_mn X^T, (B, C, groups, m), or S_mn V^T, (B, C, m), and the logarithm of each row's sum in the softmax of S_mn,
+// (B, groups, m).
+//
+// K (B, D, n); for_keys (B, groups, d, m); V (B, C, n) is written unless null.
+void gather(const Shape* shape, const real* X, const real* K, const real* for_keys, const real* W_v, real* V,
+            real* gathered, real* log_sum) {
+    const Shape& s = *shape;
+    Shares shares(s);
+    const long T = shares.T;
+    long d = s.d, c = s.C / s.groups, wide = padded(s.m), all = s.groups * wide;
+    long heads = s.at_landmarks ? s.groups : 1, width = heads * wide;
+    caller_memory.reset();
+    real* totals = caller_memory.zeros(shares.size() * s.C * width);
+    real* tops = caller_memory.take(shares.size() * all);
+    real* sums = caller_memory.zeros(shares.size() * all);
+    real* factors = caller_memory.take(shares.size() * all);
+    std::fill(tops, tops + shares.size() * all, -std::numeric_limits<real>::infinity());
+    shares.each([&](long, const auto& tiles) {
+        real *x = worker_memory.take(s.C * T), *v = worker_memory.take(s.C * T);
+        real *k = worker_memory.take(s.D * T), *keys = worker_memory.zeros(s.groups * d * wide);
+        real* S = worker_memory.take(T * wide);
+        long keys_of = -1;
+        tiles([&](const Segment& part, long first) {
+            long count = std::min(T, s.n - first);
+            load(X + part.image * s.C * s.n, s.C, s.n, first, x, T);
+            load(K + part.image * s.D * s.n, s.D, s.n, first, k, T);
+            for (long row = 0; keys_of != part.image && row < s.groups * d; row++)
+                std::memcpy(keys + row * wide, for_keys + (part.image * s.groups * d + row) * s.m, s.m * sizeof(real));
+            keys_of = part.image;
+            if (!s.at_landmarks) product<false>(s.C, T, s.C, W_v, s.C, x, T, v, T);
+            if (V) store(v, s.C, s.n, first, V + part.image * s.C * s.n, T);
+            for (long g = 0; g < s.groups; g++) {
+                long here = part.index * all + g * wide;
+                product<true>(T, wide, d, k + g * s.step * T, T, keys + g * d * wide, wide, S, wide);  // T, m
+                for (long j = 0; j < wide; j += LANES) {  // a maximum so far, and all before it scaled to that
+                    vec top = at(tops + here + j), total{};
+                    for (long t = 0; t < count; t++) top = larger(top, at(S + t * wide + j));
+                    for (long t = 0; t < count; t++)
+                        total += at(S + t * wide + j) = exponential(at(S + t * wide + j) - top);
+                    at(factors + here + j) = exponential(at(tops + here + j) - top);
+                    at(sums + here + j) = at(sums + here + j) * at(factors + here + j) + total;
+                    at(tops + here + j) = top;
+                }
+                real* total = totals + part.index * s.C * width;
+                if (s.at_landmarks)
+                    product<false>(s.C, wide, count, x, T, S, wide, total + g * wide, width, Start::scaled,
+                                   factors + here);
+                else
+                    product<false>(c, wide, count, v + g * c * T, T, S, wide, total + g * c * wide, width,
+                                   Start::scaled, factors + here);
+            }
+        });
+    });
+    // The segments of an image have maxima of their own.
+    for (long begin = 0, end; begin < shares.size(); begin = end) {
+        long image = shares.segments[begin].image;
+        for (end = begin; end < shares.size() && shares.segments[end].image == image;) end++;
+        for (long j = 0; j < all; j += LANES) {
+            vec top = at(tops + begin * all + j), total{};
+            for (long i = begin; i < end; i++) top = larger(top, at(tops + i * all + j));
+            for (long i = begin; i < end; i++) {
+                at(factors + i * all + j) = exponential(at(tops + i * all + j) - top);
+                total += at(sums + i * all + j) * at(factors + i * all + j);
+            }
+            for (long i = begin; i < end; i++) at(factors + i * all + j) /= total;
+            for (long k = j % wide; k < std::min(s.m, j % wide + LANES); k++)
+                log_sum[(image * s.groups + j / wide) * s.m + k] = top[k % LANES] + std::log(total[k % LANES]);
+        }
+        for (long row = 0; row < s.C; row++)
+            for (long i = begin; i < end; i++)
+                for (long head = 0; head < heads; head++) {
+                    const real* from = totals + (i * s.C + row) * width + head * wide;
+                    const real* factor = factors + i * all + (s.at_landmarks ? head : row / c) * wide;
+                    real* to = gathered + ((image * s.C + row) * heads + head) * s.m;
+                    for (long k = 0; k < s.m; k++) to[k] = (i == begin ? 0 : to[k]) + from[k] * factor[k];
+                }
+    }
+}
+
+// The gradients of `gather`, that of x added to d_x.
+//
+// V or, at landmarks, X: `features` (B, C, n); gathered, d_gathered (B, C, groups, m) or (B, C, m) -> d_K (B, D, n);
+// d_for_keys (B, groups, m, d); d_W_v (C, C).
+void gather_backward(const Shape* shape, const real* X, const real* features, const real* K, const real* for_keys,
+                     const real* log_sum, const real* W_v, const real* gathered, const real* d_gathered, real* d_x,
+                     real* d_K, real* d_for_keys, real* d_W_v) {
+    const Shape& s = *shape;
+    Shares shares(s);
+    const long T = shares.T;
+    long d = s.d, c = s.C / s.groups, deep = padded(d), marks = s.groups * s.m;
+    long square = s.at_landmarks ? 0 : s.C * padded(s.C);
+    caller_memory.reset();
+    real* of_keys = caller_memory.zeros(shares.size() * marks * deep);
+    real* of_value = caller_memory.zeros(s.workers * square);
+    // What a softmax's gradient takes away in each row, sum of d_S_mn * S_mn, is that of d_gathered * gathered.
+    real* dots = caller_memory.zeros(s.B * marks);
+    long heads = s.at_landmarks ? 1 : s.groups, width = marks / heads;
+    each_worker(s.workers, [&](long worker) {
+        for (long i = s.B * heads * worker / s.workers; i < s.B * heads * (worker + 1) / s.workers; i++)
+            for (long row = i * s.C / heads; row < (i + 1) * s.C / heads; row++)
+                for (long k = 0; k < width; k++)
+                    dots[i * width + k] += gathered[row * width + k] * d_gathered[row * width + k];
+    });
+    shares.each([&](long worker, const auto& tiles) {
+        real *x = worker_memory.take(s.C * T), *v = worker_memory.take(s.C * T);
+        real *d_tile = worker_memory.take(s.C * T), *d_v = worker_memory.take(s.C * T);
+        real *k = worker_memory.take(s.D * T), *d_k = worker_memory.take(s.D * T);
+        real *S = worker_memory.take(marks * T), *d_S = worker_memory.take(marks * T);
+        real *k_turned = worker_memory.zeros(T * deep), *x_turned = worker_memory.zeros(T * padded(s.C));
+        tiles([&](const Segment& part, long first) {
+            long b = part.image;
+            const real* rows = d_gathered + b * marks * (s.at_landmarks ? s.C : c);
+            load(features + b * s.C * s.n, s.C, s.n, first, v, T);
+            load(K + b * s.D * s.n, s.D, s.n, first, k, T);
+            load(d_x + b * s.C * s.n, s.C, s.n, first, d_tile, T);
+            if (s.at_landmarks) product<true>(marks, T, s.C, rows, marks, v, T, d_S, T);
+            for (long g = 0; g < s.groups; g++) {
+                const real* keys = for_keys + (b * s.groups + g) * d * s.m;
+                real *map = S + g * s.m * T, *d_map = d_S + g * s.m * T;
+                product<true>(s.m, T, d, keys, s.m, k + g * s.step * T, T, map, T);
+                if (!s.at_landmarks)
+                    product<true>(s.m, T, c, rows + g * c * s.m, s.m, v + g * c * T, T, d_map, T);
+                for (long row = 0; row < s.m; row++) {
+                    long here = b * marks + g * s.m + row;
+                    for (long t = row * T; t < (row + 1) * T; t += LANES) {
+                        vec power = at(map + t) - log_sum[here];
+                        at(map + t) = exponential(power > 0 ? vec{} : power);  // above 0 beyond the image's end
+                        at(d_map + t) = at(map + t) * (at(d_map + t) - dots[here]);
+                    }
+                }
+                product<false>(d, T, s.m, keys, s.m, d_map, T, d_k + g * s.step * T, T, start_of_group(s, g));
+                transpose(k + g * s.step * T, d, k_turned, deep, T);
+                product<false>(s.m, deep, T, d_map, T, k_turned, deep,
+                               of_keys + (part.index * marks + g * s.m) * deep, deep, Start::target);
+                if (!s.at_landmarks)
+                    product<false>(c, T, s.m, rows + g * c * s.m, s.m, map, T, d_v + g * c * T, T);
+            }
+            if (s.at_landmarks) {
+                product<false>(s.C, T, marks, rows, marks, S, T, d_tile, T, Start::target);
+            } else {
+                load(X + b * s.C * s.n, s.C, s.n, first, x, T);
+                add_outer(s.C, d_v, x, x_turned, of_value + worker * square, T);
+                product<true>(s.C, T, s.C, W_v, s.C, d_v, T, d_tile, T, Start::target);
+            }
+            store(d_k, s.D, s.n, first, d_K + b * s.D * s.n, T);
+            store(d_tile, s.C, s.n, first, d_x + b * s.C * s.n, T);
+        });
+    });
+    shares.add_up(of_keys, marks, deep, d, d_for_keys);
+    if (!s.at_landmarks) add_up_workers(s, of_value, s.C, padded(s.C), s.C, d_W_v);
+}
+
+// x + alpha O, or O where alpha is null, (B, C, n), and the mean of x * O over positions, (B, C), unless null.
+//
+// Q (B, D, n); for_queries (B, groups, d, m); bias (B, groups, m); landmark_of (n,), or null where P is not added;
+// source (B, C, groups, m) or (B, C, m).
+void spread(const Shape* shape, const real* X, const real* Q, const real* for_queries, const real* bias,
+            const int64_t* landmark_of, const real* source, const real* W_f, const real* b_f, const real* alpha,
+            real* out, real* mean) {
+    const Shape& s = *shape;
+    Shares shares(s);
+    const long T = shares.T;
+    long marks = s.groups * s.m, columns = s.at_landmarks ? s.C : s.C / s.groups;
+    caller_memory.reset();
+    real* sums = caller_memory.zeros(shares.size() * s.C);
+    shares.each([&](long, const auto& tiles) {
+        real *q = worker_memory.take(s.D * T), *A = worker_memory.take(marks * T);
+        real *own = worker_memory.take(s.groups * T), *x = worker_memory.take(s.C * T);
+        real *U = worker_memory.take(s.C * T), *O = worker_memory.take(s.C * T);
+        tiles([&](const Segment& part, long first) {
+            long b = part.image;
+            load(Q + b * s.D * s.n, s.D, s.n, first, q, T);
+            const real* queries = for_queries + b * s.groups * s.d * s.m;
+            map_of_queries(s, q, queries, bias + b * marks, landmark_of, first, A, own, T);
+            attend(s, A, source + b * marks * columns, W_f, b_f, U, O, T);
+            load(X + b * s.C * s.n, s.C, s.n, first, x, T);
+            for (long row = 0; row < s.C; row++) {
+                vec total{};
+                for (long t = row * T; t < (row + 1) * T; t += LANES) {
+                    total += at(x + t) * at(O + t);
+                    if (alpha) at(O + t) = at(x + t) + *alpha * at(O + t);
+                }
+                sums[part.index * s.C + row] += sum(total);
+            }
+            store(O, s.C, s.n, first, out + b * s.C * s.n, T);
+        });
+    });
+    if (!mean) return;
+    shares.add_up(sums, 1, s.C, s.C, mean);
+    for (long i = 0; i < s.B * s.C; i++) mean[i] /= s.n;
+}
+
+// The gradients of `spread`.
+//
+// out (B, C, n), from which O = (out - x) / alpha, or null; grad_out (B, C, n); grad_mean (B, C) or null -> d_x
+// (B, C, n), unless null, d_Q (B, D, n), d_source (B, C, groups, m) or (B, C, m), d_for_queries (B, groups, m, d),
+// d_bias (B, groups, m), d_alpha (1,), d_W_f (C, C), d_b_f (C,).
+void spread_backward(const Shape* shape, const real* X, const real* Q, const real* for_queries, const real* bias,
+                     const int64_t* landmark_of, const real* source, const real* W_f, const real* b_f,
+                     const real* alpha, const real* out, const real* grad_out, const real* grad_mean, real* d_x,
+                     real* d_Q,
+                     real* d_source, real* d_for_queries, real* d_bias, real* d_alpha, real* d_W_f, real* d_b_f) {
+    const Shape& s = *shape;
+    Shares shares(s);
+    const long T = shares.T;
+    long d = s.d, c = s.C / s.groups, wide = padded(s.m), deep = padded(d), marks = s.groups * s.m;
+    long heads = s.at_landmarks ? s.groups : 1, width = heads * wide, square = W_f ? s.C * padded(s.C) : 0;
+    if (!alpha || std::abs(*alpha) < LEAST_ALPHA) out = nullptr;
+    caller_memory.reset();
+    real* of_source = caller_memory.zeros(shares.size() * s.C * width);
+    real* of_queries = caller_memory.zeros(shares.size() * marks * deep);
+    real* of_bias = caller_memory.zeros(shares.size() * marks);
+    real* of_fuse = caller_memory.zeros(s.workers * square);
+    real* of_fuse_bias = caller_memory.zeros(s.workers * s.C);
+    real* of_alpha = caller_memory.zeros(s.workers);
+    shares.each([&](long worker, const auto& tiles) {
+        real *q = worker_memory.take(s.D * T), *d_q = worker_memory.take(s.D * T);
+        real *A = worker_memory.take(marks * T), *d_A = worker_memory.take(marks * T);
+        real *own = worker_memory.take(s.groups * T), *x = worker_memory.take(s.C * T);
+        real *U = worker_memory.take(s.C * T), *O = worker_memory.take(s.C * T);
+        real *G = worker_memory.take(s.C * T), *U_turned = worker_memory.zeros(T * padded(s.C));
+        real *A_turned = worker_memory.zeros(T * width), *q_turned = worker_memory.zeros(T * deep);
+        vec alpha_total{};
+        tiles([&](const Segment& part, long first) {
+            long b = part.image;
+            const real* rows = source + b * marks * (s.at_landmarks ? s.C : c);
+            const real* queries = for_queries + b * s.groups * s.d * s.m;
+            real* source_total = of_source + part.index * s.C * width;
+            load(Q + b * s.D * s.n, s.D, s.n, first, q, T);
+            map_of_queries(s, q, queries, bias + b * marks, landmark_of, first, A, own, T);
+            attend(s, A, rows, W_f, b_f, U, out ? nullptr : O, T);
+            load(X + b * s.C * s.n, s.C, s.n, first, x, T);
+            if (out) load(out + b * s.C * s.n, s.C, s.n, first, O, T);
+            load(grad_out + b * s.C * s.n, s.C, s.n, first, G, T);
+            for (long row = 0; row < s.C; row++) {  // G becomes the gradient of O, and O that of x
+                real share = grad_mean ? grad_mean[b * s.C + row] / s.n : real(0);
+                vec total{};
+                for (long t = row * T; t < (row + 1) * T; t += LANES) {
+                    vec gradient = at(G + t), output = out ? (at(O + t) - at(x + t)) / *alpha : at(O + t);
+                    alpha_total += gradient * output;
+                    at(G + t) = (alpha ? *alpha * gradient : gradient) + share * at(x + t);
+                    at(O + t) = share * output + (alpha ? gradient : vec{});
+                    total += at(G + t);
+                }
+                of_fuse_bias[worker * s.C + row] += sum(total);
+            }
+            if (d_x) store(O, s.C, s.n, first, d_x + b * s.C * s.n, T);
+            const real* d_U = G;
+            if (W_f) {
+                add_outer(s.C, G, U, U_turned, of_fuse + worker * square, T);
+                product<true>(s.C, T, s.C, W_f, s.C, G, T, O, T);
+                d_U = O;
+            }
+            if (s.at_landmarks) {
+                for (long g = 0; g < s.groups; g++) transpose(A + g * s.m * T, s.m, A_turned + g * wide, width, T);
+                product<false>(s.C, width, T, d_U, T, A_turned, width, source_total, width, Start::target);
+                product<true>(marks, T, s.C, rows, marks, d_U, T, d_A, T);
+            }
+            for (long g = 0; g < s.groups; g++) {
+                real *map = A + g * s.m * T, *d_map = d_A + g * s.m * T;
+                if (!s.at_landmarks) {
+                    const real* d_head = d_U + g * c * T;
+                    transpose(map, s.m, A_turned, wide, T);
+                    product<false>(c, wide, T, d_head, T, A_turned, wide, source_total + g * c * wide, wide,
+                                   Start::target);
+                    product<true>(s.m, T, c, rows + g * c * s.m, s.m, d_head, T, d_map, T);
+                }
+                // P away again; a subtraction would lose the digits of small entries.
+                for (long t = 0; landmark_of && t < std::min(T, s.n - first); t++)
+                    map[landmark_of[first + t] * T + t] = own[g * T + t];
+                softmax_of_columns_backward(d_map, map, s.m, T);
+                product<false>(d, T, s.m, queries + g * d * s.m, s.m, d_map, T, d_q + g * s.step * T, T,
+                               start_of_group(s, g));
+                transpose(q + g * s.step * T, d, q_turned, deep, T);
+                long here = part.index * marks + g * s.m;
+                product<false>(s.m, deep, T, d_map, T, q_turned, deep, of_queries + here * deep, deep,
+                               Start::target);
+                for (long k = 0; k < s.m; k++) {
+                    vec total{};
+                    for (long t = 0; t < T; t += LANES) total += at(d_map + k * T + t);
+                    of_bias[here + k] += sum(total);
+                }
+            }
+            store(d_q, s.D, s.n, first, d_Q + b * s.D * s.n, T);
+        });
+        of_alpha[worker] = sum(alpha_total);
+    });
+    shares.add_up(of_source, s.C * heads, wide, s.m, d_source);
+    shares.add_up(of_queries, marks, deep, d, d_for_queries);
+    shares.add_up(of_bias, 1, marks, marks, d_bias);
+    add_up_workers(s, of_alpha, 1, 1, 1, d_alpha);
+    if (!W_f) return;
+    add_up_workers(s, of_fuse, s.C, padded(s.C), s.C, d_W_f);
+    add_up_workers(s, of_fuse_bias, 1, s.C, s.C, d_b_f);
+}
+
+// The gradients of `project`, that of x added to d_x.
+//
+// To d_Q and d_K, (B, D, n), is added what reaches them through statistics and landmarks: slope * Q with slope (D,)
+// or null, and `means`, (B, D, m), at each landmark's positions. -> d_W (2, D, C), of query and key.
+void project_backward(const Shape* shape, const real* X, const real* W_q, const real* W_k, const real* Q,
+                      const real* K, const int64_t* landmark_of, const real* slope_q, const real* slope_k,
+                      const real* means_q, const real* means_k, const real* d_Q, const real* d_K, real* d_x,
+                      real* d_W) {
+    const Shape& s = *shape;
+    Shares shares(s);
+    const long T = shares.T;
+    long deep = padded(s.D), width = 2 * deep;
+    const real *W[] = {W_q, W_k}, *slopes[] = {slope_q, slope_k}, *means[] = {means_q, means_k};
+    const real *features[] = {Q, K}, *gradients[] = {d_Q, d_K};
+    caller_memory.reset();
+    real* of_weights = caller_memory.zeros(s.workers * s.C * width);
+    shares.each([&](long worker, const auto& tiles) {
+        real *x = worker_memory.take(s.C * T), *d_tile = worker_memory.take(s.C * T);
+        real *y = worker_memory.take(s.D * T), *d_y = worker_memory.take(s.D * T);
+        real* turned = worker_memory.zeros(T * width);
+        tiles([&](const Segment& part, long first) {
+            long b = part.image;
+            load(d_x + b * s.C * s.n, s.C, s.n, first, d_tile, T);
+            for (long side = 0; side < 2; side++) {
+                load(gradients[side] + b * s.D * s.n, s.D, s.n, first, d_y, T);
+                if (slopes[side]) load(features[side] + b * s.D * s.n, s.D, s.n, first, y, T);
+                for (long row = 0; row < s.D; row++) {
+                    const real* mean = means[side] + (b * s.D + row) * s.m;
+                    for (long t = 0; t < std::min(T, s.n - first); t++)
+                        d_y[row * T + t] += mean[landmark_of[first + t]];
+                    for (long t = row * T; slopes[side] && t < (row + 1) * T; t += LANES)
+                        at(d_y + t) += slopes[side][row] * at(y + t);
+                }
+                product<true>(s.C, T, s.D, W[side], s.C, d_y, T, d_tile, T, Start::target);
+                transpose(d_y, s.D, turned + side * deep, width, T);
+            }
+            load(X + b * s.C * s.n, s.C, s.n, first, x, T);
+            product<false>(s.C, width, T, x, T, turned, width, of_weights + worker * s.C * width, width,
+                           Start::target);
+            store(d_tile, s.C, s.n, first, d_x + b * s.C * s.n, T);
+        });
+    });
+    long blocks = deep / LANES;
+    each_worker(s.workers, [&](long worker) {
+        for (long i = 2 * blocks * worker / s.workers; i < 2 * blocks * (worker + 1) / s.workers; i++)
+            for (long row = 0; row < s.C; row++) {
+                vec total{};
+                for (long part = 0; part < s.workers; part++)
+                    total += at(of_weights + (part * s.C + row) * width + i * LANES);
+                long side = i / blocks, first = i % blocks * LANES;
+                for (long k = first; k < std::min(s.D, first + LANES); k++)
+                    d_W[(side * s.D + k) * s.C + row] = total[k - first];
+            }
+    });
+}
+
+// A weight at the landmarks, a group at a time: `wide` (B, C, groups, m) and `narrow` (B, groups, c, m).
+//
+// Group g's share of W (C, C) is rows g c to (g + 1) c where `of_rows`, (c, C), as in `value`; else those columns,
+// (C, c), as in `fuse`. What is multiplied is that share or its transpose, whichever takes `from` to `to`.
+void times_at_landmarks(const Shape* shape, const real* W, long of_rows, long narrows, const real* from,
+                        const real* bias, real* to) {
+    const Shape& s = *shape;
+    long c = s.C / s.groups, wide = padded(s.m), rows = narrows ? c : s.C, columns = narrows ? s.C : c;
+    long units = s.B * s.groups, pieces = std::min((rows + 31) / 32, (s.workers + units - 1) / units);
+    each_worker(s.workers, [&](long worker) {
+        real *x = worker_memory.zeros(columns * wide), *y = worker_memory.take(rows * wide);
+        for (long i = units * pieces * worker / s.workers; i < units * pieces * (worker + 1) / s.workers; i++) {
+            long unit = i / pieces, b = unit / s.groups, g = unit % s.groups;
+            long first = rows * (i % pieces) / pieces, count = rows * (i % pieces + 1) / pieces - first;
+            auto place = [&](bool is_narrow, long row) {  // in `narrow` or `wide`
+                return is_narrow ? ((b * s.groups + g) * c + row) * s.m : ((b * s.C + row) * s.groups + g) * s.m;
+            };
+            for (long row = 0; row < columns; row++)
+                std::memcpy(x + row * wide, from + place(!narrows, row), s.m * sizeof(real));
+            const real* share = W + g * c * (of_rows ? s.C : 1);
+            if (bool(of_rows) == bool(narrows))
+                product<false>(count, wide, columns, share + first * s.C, s.C, x, wide, y, wide);
+            else
+                product<true>(count, wide, columns, share + first, s.C, x, wide, y, wide);
+            for (long row = 0; row < count; row++)
+                for (long k = 0; k < s.m; k++)
+                    to[place(narrows, first + row) + k] = y[row * wide + k] + (bias ? bias[first + row] : real(0));
+        }
+    });
+}
+
+// The gradient of such a weight, (C, C), from that of one side and the other side.
+void times_at_landmarks_backward(const Shape* shape, const real* wide, const real* narrow, long of_rows, real* d_W) {
+    const Shape& s = *shape;
+    long c = s.C / s.groups, rows = of_rows ? c : s.C, columns = of_rows ? s.C : c, width = padded(columns);
+    const long block = 32;
+    auto place = [&](bool is_narrow, long b, long g, long row) {
+        return is_narrow ? ((b * s.groups + g) * c + row) * s.m : ((b * s.C + row) * s.groups + g) * s.m;
+    };
+    const real *left = of_rows ? narrow : wide, *right = of_rows ? wide : narrow;
+    caller_memory.reset();
+    real* turned = caller_memory.zeros(s.B * s.groups * s.m * width);  // B, groups, m, columns
+    each_worker(s.workers, [&](long worker) {
+        for (long i = s.B * s.groups * worker / s.workers; i < s.B * s.groups * (worker + 1) / s.workers; i++)
+            transpose(right + place(!of_rows, i / s.groups, i % s.groups, 0), columns, s.m,
+                      of_rows ? s.groups * s.m : s.m, turned + i * s.m * width, width);
+    });
+    long blocks = (rows + block - 1) / block * s.groups;
+    each_worker(s.workers, [&](long worker) {
+        real* total = worker_memory.take(block * width);
+        for (long i = blocks * worker / s.workers; i < blocks * (worker + 1) / s.workers; i++) {
+            long g = i % s.groups, first = i / s.groups * block, count = std::min(block, rows - first);
+            for (long b = 0; b < s.B; b++)
+                product<false>(count, width, s.m, left + place(of_rows, b, g, first), of_rows ? s.m : s.groups * s.m,
+                               turned + (b * s.groups + g) * s.m * width, width, total, width,
+                               b ? Start::target : Start::zero);
+            for (long row = 0; row < count; row++)
+                std::memcpy(d_W + (of_rows ? (g * c + first + row) * s.C : (first + row) * s.C + g * c),
+                            total + row * width, columns * sizeof(real));
+        }
+    });
+}
+
+// The inverse of B * groups matrices (m, m), diagonally dominant by rows: elimination needs no pivots there.
+void inverse(const Shape* shape, const real* systems, real* inverses) {
+    const Shape& s = *shape;
+    long wide = padded(s.m), count = s.B * s.groups;
+    each_worker(s.workers, [&](long worker) {
+        real* rows = worker_memory.zeros(s.m * wide);
+        for (long i = count * worker / s.workers; i < count * (worker + 1) / s.workers; i++) {
+            for (long row = 0; row < s.m; row++)
+                std::memcpy(rows + row * wide, systems + (i * s.m + row) * s.m, s.m * sizeof(real));
+            for (long k = 0; k < s.m; k++) {  // Gauss and Jordan, in place: column k becomes that of the inverse
+                real *pivot = rows + k * wide, scale = 1 / pivot[k];
+                pivot[k] = 1;
+                for (long j = 0; j < wide; j += LANES) at(pivot + j) *= scale;
+                for (long row = 0; row < s.m; row++) {
+                    if (row == k) continue;
+                    real* target = rows + row * wide;
+                    real factor = target[k];
+                    target[k] = 0;
+                    for (long j = 0; j < wide; j += LANES) at(target + j) -= factor * at(pivot + j);
+                }
+            }
+            for (long row = 0; row < s.m; row++)
+                std::memcpy(inverses + (i * s.m + row) * s.m, rows + row * wide, s.m * sizeof(real));
+        }
+    });
+}
+
+// From the left by squares (B, groups, m, m), or their transposes; of `from` and `to`, (B, groups, c, m), the right.
+void times_squares(const Shape* shape, const real* squares, long transposed, const real* from, real* to) {
+    const Shape& s = *shape;
+    long c = s.C / s.groups, wide = padded(s.m), count = s.B * s.groups;
+    each_worker(s.workers, [&](long worker) {
+        real *square = worker_memory.zeros(s.m * wide), *rows = worker_memory.take(c * wide);
+        for (long i = count * worker / s.workers; i < count * (worker + 1) / s.workers; i++) {
+            const real* given = squares + i * s.m * s.m;
+            if (!transposed) transpose(given, s.m, s.m, s.m, square, wide);
+            for (long row = 0; transposed && row < s.m; row++)
+                std::memcpy(square + row * wide, given + row * s.m, s.m * sizeof(real));
+            product<false>(c, wide, s.m, from + i * c * s.m, s.m, square, wide, rows, wide);
+            for (long row = 0; row < c; row++)
+                std::memcpy(to + (i * c + row) * s.m, rows + row * wide, s.m * sizeof(real));
+        }
+    });
+}
+
+}  // extern "C"
