@@ -151,6 +151,26 @@ class AttentionBlock(nn.Module, ABC):
             return self.fuse(image)
 
 
+class EvaluatedBlock(AttentionBlock):
+    """An attention block whose output, gate and mean over positions come from one function."""
+
+    @abstractmethod
+    def _evaluate(self, x: Tensor, alpha: Tensor | None, pooled: bool) -> tuple[Tensor, Tensor]:
+        """``x + alpha O``, or O with `alpha` None; and if `pooled` the mean over positions of ``x * O``, (B, C)."""
+
+    def attend(self, x: Tensor) -> Tensor:
+        """O before gate and residual: (B, C, H, W) -> (B, C, H, W)."""
+        return self._evaluate(x, None, pooled=False)[0]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x + alpha * O`` (Eq. 2 and 17): (B, C, H, W) -> (B, C, H, W); the identity as long as alpha is 0."""
+        return self._evaluate(x, self.alpha, pooled=False)[0]
+
+    def supervised(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """``forward(x)`` and the mean over positions of ``x * O``: (B, C, H, W) -> (B, C, H, W), (B, C)."""
+        return self._evaluate(x, self.alpha, pooled=True)
+
+
 def split(features: Tensor, groups: int) -> Tensor:
     """(b, C, any) -> (b, groups, C/groups, any)."""
     return features.unflatten(1, (groups, -1))  # type: ignore[no-untyped-call]

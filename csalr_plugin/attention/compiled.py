@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from csalr_plugin.attention.landmarks import LandmarkGrid
-from csalr_plugin.attention.positions import Gathered, Plan, Positions, ProjectionGradient, SpreadGradients
+from csalr_plugin.attention.positions import Gathered, Plan, Positions, ProjectionGradient, Spread, SpreadGradients
 from csalr_plugin.errors import UserError
 
 SOURCE = Path(__file__).with_name("positions.cpp")
@@ -123,58 +123,40 @@ class CompiledPositions(Positions):
         self._call("gather_backward", K.shape[1], for_keys.shape[3], *inputs, *both, d_x, d_K, d_for_keys, d_W_v)
         return d_K, d_for_keys.mT, d_W_v
 
-    def spread(
-        self,
-        Q: Tensor,
-        for_queries: Tensor,
-        bias: Tensor,
-        source: Tensor,
-        W_f: Tensor | None,
-        b_f: Tensor | None,
-        alpha: Tensor | None,
-        pooled: bool,
-    ) -> tuple[Tensor, Tensor | None]:
+    def spread(self, given: Spread, pooled: bool) -> tuple[Tensor, Tensor | None]:
         """See :class:`Positions`."""
         out, mean = self._new(*self.like.shape[1:]), self._new(self.X.shape[1]) if pooled else None
-        rows = of_channels(source, self.way.at_landmarks)
-        inputs = (self.X, Q, for_queries, bias, self.landmark_of, rows, W_f, b_f, alpha)
-        self._call("spread", Q.shape[1], bias.shape[3], *inputs, out, mean)
+        self._call("spread", given.Q.shape[1], given.bias.shape[3], *self._spread_inputs(given), out, mean)
         return out, mean
 
     def spread_backward(
-        self,
-        Q: Tensor,
-        for_queries: Tensor,
-        bias: Tensor,
-        source: Tensor,
-        W_f: Tensor | None,
-        b_f: Tensor | None,
-        alpha: Tensor | None,
-        out: Tensor | None,
-        grad_out: Tensor,
-        grad_mean: Tensor | None,
+        self, given: Spread, out: Tensor | None, grad_out: Tensor, grad_mean: Tensor | None
     ) -> SpreadGradients:
         """See :class:`Positions`."""
-        (_, groups, d, m), C = for_queries.shape, self.X.shape[1]
-        d_x, d_Q = self._new(C, self._n), torch.empty_like(Q)
+        (_, groups, d, m), C = given.for_queries.shape, self.X.shape[1]
+        d_x, d_Q = self._new(C, self._n), torch.empty_like(given.Q)
         at_landmarks = self.way.at_landmarks
         d_source = self._wide(m) if at_landmarks else self._narrow(m)
-        d_for_queries, d_bias, d_alpha = self._new(groups, m, d), torch.empty_like(bias), self.X.new_empty(())
-        d_W_f, d_b_f = (None if one is None else torch.empty_like(one) for one in (W_f, b_f))
-        rows = of_channels(source, at_landmarks)
-        inputs = (self.X, Q, for_queries, bias, self.landmark_of, rows, W_f, b_f, alpha, out)
+        d_for_queries, d_bias, d_alpha = self._new(groups, m, d), torch.empty_like(given.bias), self.X.new_empty(())
+        d_W_f, d_b_f = (None if one is None else torch.empty_like(one) for one in (given.W_f, given.b_f))
+        inputs = (*self._spread_inputs(given), out, grad_out, grad_mean)
         outputs = (d_x, d_Q, d_source, d_for_queries, d_bias, d_alpha, d_W_f, d_b_f)
-        self._call("spread_backward", Q.shape[1], m, *inputs, grad_out, grad_mean, *outputs)
+        self._call("spread_backward", given.Q.shape[1], m, *inputs, *outputs)
         return SpreadGradients(
             d_x,
             d_Q,
             d_source.permute(0, 2, 3, 1) if at_landmarks else d_source.mT,
             d_for_queries.mT,
             d_bias,
-            None if alpha is None else d_alpha,
+            None if given.alpha is None else d_alpha,
             d_W_f,
             d_b_f,
         )
+
+    def _spread_inputs(self, given: Spread) -> tuple[Tensor | None, ...]:
+        rows = of_channels(given.source, self.way.at_landmarks)
+        logits = (self.X, given.Q, given.for_queries, given.bias, self.landmark_of)
+        return (*logits, rows, given.W_f, given.b_f, given.alpha)
 
     def project_backward(
         self, d_x: Tensor, query: ProjectionGradient, key: ProjectionGradient

@@ -9,12 +9,12 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from csalr_plugin.attention.block import AttentionBlock, observing, split, working_type
+from csalr_plugin.attention.block import EvaluatedBlock, observing, split, working_type
 from csalr_plugin.attention.compiled import Output, positions_of
-from csalr_plugin.attention.positions import Gathered, Plan, no_autocast, plan
+from csalr_plugin.attention.positions import Gathered, Plan, Spread, no_autocast, plan
 
 
-class CompressedSelfAttention(AttentionBlock):
+class CompressedSelfAttention(EvaluatedBlock):
     """``O = W (B V)`` a group, with m learned base vectors in place of landmarks.
 
     With unit-length queries Q_i and bases w_k and the scale s = 14:
@@ -40,18 +40,6 @@ class CompressedSelfAttention(AttentionBlock):
         for group in self.bases.chunk(groups):
             nn.init.orthogonal_(group)
 
-    def attend(self, x: Tensor) -> Tensor:
-        """O before gate and residual: (B, C, H, W) -> (B, C, H, W)."""
-        return self._evaluate(x, None, pooled=False)[0]
-
-    def forward(self, x: Tensor) -> Tensor:
-        """``x + alpha * O`` (Eq. 2): (B, C, H, W) -> (B, C, H, W); the identity as long as alpha is 0."""
-        return self._evaluate(x, self.alpha, pooled=False)[0]
-
-    def supervised(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """``forward(x)`` and the mean over positions of ``x * O``: (B, C, H, W) -> (B, C, H, W), (B, C)."""
-        return self._evaluate(x, self.alpha, pooled=True)
-
     def _evaluate(self, x: Tensor, alpha: Tensor | None, pooled: bool) -> tuple[Tensor, Tensor]:
         """As in CSALR, `value` and `fuse` act on m rows in place of n positions where that is less work."""
         self._check(x)
@@ -74,7 +62,7 @@ class CompressedSelfAttention(AttentionBlock):
                 heads = W_f.to(dtype).chunk(groups, dim=1)  # C, c each
                 fused = torch.stack([row @ head.mT for row, head in zip(E.unbind(1), heads, strict=True)], 1)
                 E, W_f, b_f = fused + b_f.to(dtype) / groups, None, None
-        out, mean = Spread.apply(x, Q, keys, E, W_f, b_f, alpha, groups, way, pooled, dtype)
+        out, mean = SpreadOut.apply(x, Q, keys, E, W_f, b_f, alpha, groups, way, pooled, dtype)
         return out, mean
 
     def diagnose(self, x: Tensor) -> dict[str, float]:
@@ -119,7 +107,7 @@ class Gather(torch.autograd.Function):
         return d_x.to(x.dtype).view_as(x), d_Q, d_keys, d_W_v, None, None, None
 
 
-class Spread(torch.autograd.Function):
+class SpreadOut(torch.autograd.Function):
     """``x + alpha O`` or, with alpha None, O; and if `pooled` the mean of ``x * O`` over positions, (B, C).
 
     Args of ``apply``: x, Q and keys as of :class:`Gather`; what W spreads, (B, groups, m, C or c); weight and bias of
@@ -145,7 +133,7 @@ class Spread(torch.autograd.Function):
         with no_autocast(x):
             bias = torch.zeros_like(keys[:, :, :1])  # B, groups, 1, m
             positions = positions_of(x, None, groups, way, dtype)
-            out, mean = positions.spread(Q, keys, bias, source, W_f, b_f, alpha, pooled)
+            out, mean = positions.spread(Spread(Q, keys, bias, source, W_f, b_f, alpha), pooled)
         ctx.save_for_backward(x, Q, keys, source, W_f, b_f, alpha)
         ctx.settings = groups, way, dtype
         ctx.output = Output(positions, out)
@@ -161,6 +149,7 @@ class Spread(torch.autograd.Function):
             bias = torch.zeros_like(keys[:, :, :1])
             out = ctx.output.unchanged()
             positions = positions_of(x, None, groups, way, dtype)
-            d = positions.spread_backward(Q, keys, bias, source, W_f, b_f, alpha, out, grad_out, grad_mean)
+            given = Spread(Q, keys, bias, source, W_f, b_f, alpha)
+            d = positions.spread_backward(given, out, grad_out, grad_mean)
         d_x = d.x.to(x.dtype).view_as(x)
         return d_x, d.Q, d.for_queries, d.source.to(source.dtype), d.W_f, d.b_f, d.alpha, None, None, None, None

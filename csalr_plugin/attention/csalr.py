@@ -6,12 +6,12 @@ import torch
 from torch import Tensor, nn
 
 from csalr_plugin.attention.batch_norm import SynchronisedBatchNorm, world_size
-from csalr_plugin.attention.block import AttentionBlock, observing, soften, working_type
+from csalr_plugin.attention.block import EvaluatedBlock, observing, soften, working_type
 from csalr_plugin.attention.landmarks import LandmarkGrid
 from csalr_plugin.attention.low_rank import LowRankAttention
 
 
-class CSALR(AttentionBlock):
+class CSALR(EvaluatedBlock):
     """``O = (S_nm + P) (S_mm + I)^-1 S_mn V`` a group, with m landmarks in place of n positions.
 
     Q' and K' are the landmarks' means of Q and K, P says in which landmark's patch a position lies, and
@@ -44,18 +44,6 @@ class CSALR(AttentionBlock):
         self.norm["key"] = nn.BatchNorm1d(self.key_channels)
         soften(self.norm["query"], self.key_channels // groups)
         soften(self.norm["key"], self.key_channels // groups)
-
-    def attend(self, x: Tensor) -> Tensor:
-        """O of Eq. 17 before gate and residual: (B, C, H, W) -> (B, C, H, W)."""
-        return self._evaluate(x, None, pooled=False)[0]
-
-    def forward(self, x: Tensor) -> Tensor:
-        """``x + alpha * O`` (Eq. 17): (B, C, H, W) -> (B, C, H, W); the identity as long as alpha is 0."""
-        return self._evaluate(x, self.alpha, pooled=False)[0]
-
-    def supervised(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """``forward(x)`` and the mean over positions of ``x * O``: (B, C, H, W) -> (B, C, H, W), (B, C)."""
-        return self._evaluate(x, self.alpha, pooled=True)
 
     def _evaluate(self, x: Tensor, alpha: Tensor | None, pooled: bool) -> tuple[Tensor, Tensor]:
         self._check(x)

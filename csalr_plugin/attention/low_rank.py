@@ -30,7 +30,7 @@ from csalr_plugin.attention.batch_norm import over_processes, sum_over_processes
 from csalr_plugin.attention.block import softmax_backward, split
 from csalr_plugin.attention.compiled import Output, positions_of
 from csalr_plugin.attention.landmarks import LandmarkGrid
-from csalr_plugin.attention.positions import Gathered, Positions, ProjectionGradient, no_autocast, plan
+from csalr_plugin.attention.positions import Gathered, Positions, ProjectionGradient, Spread, no_autocast, plan
 
 
 class LowRankAttention(torch.autograd.Function):
@@ -95,7 +95,7 @@ class LowRankAttention(torch.autograd.Function):
             Z = positions.times_inverse(inverse, normal_v.apply(E))  # B, groups, m, c
             source = fuse_at_landmarks(positions, Z, W_f, b_f)  # B, groups, m, C or c
             W, b = (None, None) if way.at_landmarks else (W_f, b_f)
-            out, mean = positions.spread(Q, marks.for_queries, marks.bias, source, W, b, alpha, pooled)
+            out, mean = positions.spread(Spread(Q, marks.for_queries, marks.bias, source, W, b, alpha), pooled)
         statistics = [one for normal in (normal_q, normal_k, normal_v) for one in (normal.mean, normal.variance)]
         ctx.save_for_backward(
             *(x, W_q, gain_q, shift_q, W_k, gain_k, W_v, gain_v, shift_v, W_f, b_f, alpha, *statistics, inverse),
@@ -136,9 +136,8 @@ class LowRankAttention(torch.autograd.Function):
             # Eq. 17 from the left: residual and gate, the mean, fuse, A_nm.
             W, b = (None, None) if way.at_landmarks else (W_f, b_f)
             out = ctx.output.unchanged()
-            spread = positions.spread_backward(
-                Q, marks.for_queries, marks.bias, source, W, b, alpha, out, grad_out, grad_mean
-            )
+            given = Spread(Q, marks.for_queries, marks.bias, source, W, b, alpha)
+            spread = positions.spread_backward(given, out, grad_out, grad_mean)
 
             # What has m rows: fuse, the inverse of Eq. 16, the normalisation of E, value.
             d_Z, d_W_f, d_b_f = spread.source, spread.W_f, spread.b_f

@@ -56,6 +56,18 @@ class Gathered(NamedTuple):
     log_sum: Tensor | None  # (B, groups, m), of each row in the softmax of S_mn, where it saves computing that again
 
 
+class Spread(NamedTuple):
+    """What :meth:`Positions.spread` spreads over the positions, and how."""
+
+    Q: Tensor  # raw, (B, C', n)
+    for_queries: Tensor  # (B, groups, C'/groups, m): times raw Q and plus `bias`, the logits of S_nm
+    bias: Tensor  # (B, groups, 1, m)
+    source: Tensor  # (B, groups, m, C or c), what the rows of S_nm + P weigh
+    W_f: Tensor | None  # of `fuse`, (C, C), where it acts on positions
+    b_f: Tensor | None  # (C,)
+    alpha: Tensor | None  # scalar; None: O alone is wanted
+
+
 class SpreadGradients(NamedTuple):
     """The gradients of what :meth:`Positions.spread` is given."""
 
@@ -191,26 +203,9 @@ class Positions:
         d_W_f = [d.flatten(0, 1).mT @ row.flatten(0, 1) for d, row in zip(d_heads, rows, strict=True)]
         return d_Z, torch.cat(d_W_f, 1).to(W_f.dtype), d_source.sum((0, 1, 2)) / (2 * self.groups)
 
-    def spread(
-        self,
-        Q: Tensor,
-        for_queries: Tensor,
-        bias: Tensor,
-        source: Tensor,
-        W_f: Tensor | None,
-        b_f: Tensor | None,
-        alpha: Tensor | None,
-        pooled: bool,
-    ) -> tuple[Tensor, Tensor | None]:
-        """``x + alpha O`` of Eq. 17, or O with `alpha` None, (B, C, H, W), and if `pooled` the mean of x * O, (B, C).
-
-        Args:
-            Q: raw, (B, C', n).
-            for_queries, bias: (B, groups, C'/groups, m) and (B, groups, 1, m), of the logits of S_nm.
-            source: (B, groups, m, C or c), what the rows of S_nm + P weigh.
-            W_f, b_f: of `fuse`, (C, C) and (C,), where it acts on positions.
-            alpha: scalar.
-        """
+    def spread(self, given: Spread, pooled: bool) -> tuple[Tensor, Tensor | None]:
+        """``x + alpha O`` of Eq. 17, or O with `alpha` None, (B, C, H, W); if `pooled`, the mean of x * O, (B, C)."""
+        Q, for_queries, bias, source, W_f, b_f, alpha = given
         X, dtype = self.X, self.dtype
         out = torch.empty_like(self.like, dtype=torch.promote_types(X.dtype, dtype))
         mean = X.new_empty(X.shape[:2], dtype=for_queries.dtype) if pooled else None
@@ -233,22 +228,13 @@ class Positions:
         return out, mean
 
     def spread_backward(
-        self,
-        Q: Tensor,
-        for_queries: Tensor,
-        bias: Tensor,
-        source: Tensor,
-        W_f: Tensor | None,
-        b_f: Tensor | None,
-        alpha: Tensor | None,
-        out: Tensor | None,
-        grad_out: Tensor,
-        grad_mean: Tensor | None,
+        self, given: Spread, out: Tensor | None, grad_out: Tensor, grad_mean: Tensor | None
     ) -> SpreadGradients:
         """From the gradients of what :meth:`spread` returns to those of what it is given.
 
         `out`: what it returned, where that is still there and may save computing O again.
         """
+        Q, for_queries, bias, source, W_f, b_f, alpha = given
         X, way, dtype, n = self.X, self.way, self.dtype, self.X.shape[2]
         d_x, d_Q = torch.empty_like(X, dtype=dtype), torch.empty_like(Q)
         d_O = torch.empty_like(X[: way.images], dtype=dtype)
