@@ -18,7 +18,7 @@ class SharedError(UserError):
     """One that every process of a training finds: the first alone tells it."""
 
 
-def first_line(error: BaseException) -> str:
+def first_line(error: BaseException | str) -> str:
     """What `error` says, in one line; its type where it says nothing."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from csalr_plugin.attention.landmarks import LandmarkGrid
 from csalr_plugin.attention.positions import Gathered, Plan, Positions, ProjectionGradient, Spread, SpreadGradients
-from csalr_plugin.errors import UserError
+from csalr_plugin.errors import UserError, first_line
 
 SOURCE = Path(__file__).with_name("positions.cpp")
 NUMBERS = {torch.float32: "float", torch.float64: "double"}
@@ -77,7 +77,7 @@ class CompiledPositions(Positions):
         rows = self._wide(m) if self.way.at_landmarks else self._narrow(m)
         V = None if self.way.at_landmarks else self._new(C, self._n)
         self._call("gather", K.shape[1], m, self.X, K, for_keys, W_v, V, rows, log_sum)
-        return Gathered(rows.permute(0, 2, 3, 1) if V is None else rows.mT, V, log_sum)
+        return Gathered(of_landmarks(rows, self.way.at_landmarks), V, log_sum)
 
     def inverse(self, systems: Tensor) -> Tensor:
         """See :class:`Positions`."""
@@ -145,7 +145,7 @@ class CompiledPositions(Positions):
         return SpreadGradients(
             d_x,
             d_Q,
-            d_source.permute(0, 2, 3, 1) if at_landmarks else d_source.mT,
+            of_landmarks(d_source, at_landmarks),
             d_for_queries.mT,
             d_bias,
             None if given.alpha is None else d_alpha,
@@ -178,7 +178,7 @@ class CompiledPositions(Positions):
         self._call(
             "times_at_landmarks", 0, rows.shape[2], W, of_rows, narrows, of_channels(rows, narrows), bias, result
         )
-        return result.mT if narrows else result.permute(0, 2, 3, 1)
+        return of_landmarks(result, not narrows)
 
     def _weight_at_landmarks(self, wide: Tensor, narrow: Tensor, *, of_rows: bool) -> Tensor:
         """Of such a weight the gradient: (B, groups, m, C), (B, groups, m, c) -> (C, C)."""
@@ -218,9 +218,8 @@ class CompiledPositions(Positions):
         B, C, n = self.X.shape
         d, step = (D, 0) if self.grid is None else (D // self.groups, D // self.groups)
         sizes = (B, C, D, d, step, n, m, self.groups, self.way.at_landmarks, torch.get_num_threads())
-        contiguous = [
-            one.contiguous() if isinstance(one, Tensor) else one for one in arguments
-        ]  # alive until it returns
+        # Copies must live until the function returns.
+        contiguous = [one.contiguous() if isinstance(one, Tensor) else one for one in arguments]
         passed = [
             ctypes.c_long(one) if isinstance(one, int) else ctypes.c_void_p(None if one is None else one.data_ptr())
             for one in contiguous
@@ -255,6 +254,11 @@ def of_channels(rows: Tensor, wide: bool) -> Tensor:
     return rows.permute(0, 3, 1, 2) if wide else rows.mT
 
 
+def of_landmarks(channels: Tensor, wide: bool) -> Tensor:
+    """The other way round."""
+    return channels.permute(0, 2, 3, 1) if wide else channels.mT
+
+
 @functools.cache
 def library(dtype: torch.dtype) -> ctypes.CDLL | None:
     """positions.cpp for one type of number, compiled for this processor; None, with a warning, where that fails."""
@@ -263,7 +267,7 @@ def library(dtype: torch.dtype) -> ctypes.CDLL | None:
     try:
         return ctypes.CDLL(str(compile_for(NUMBERS[dtype])))
     except (OSError, RuntimeError, subprocess.SubprocessError) as error:
-        reason = str(getattr(error, "stderr", None) or error).strip().splitlines()[0]
+        reason = first_line(getattr(error, "stderr", None) or error)
         warnings.warn(
             f"CSALR runs on torch's own operations, which are slower on a CPU: {SOURCE.name} cannot be compiled "
             f"({reason}). Install g++, name a compiler in CXX, or a writable cache folder in XDG_CACHE_HOME.",

@@ -11,7 +11,16 @@ from torch.nn import functional as F
 
 from csalr_plugin.attention.block import EvaluatedBlock, observing, split, working_type
 from csalr_plugin.attention.compiled import Output, positions_of
-from csalr_plugin.attention.positions import Gathered, Plan, Spread, no_autocast, plan
+from csalr_plugin.attention.positions import (
+    Gathered,
+    Plan,
+    Spread,
+    fuse_heads,
+    no_autocast,
+    plan,
+    times_heads,
+    value_heads,
+)
 
 
 class CompressedSelfAttention(EvaluatedBlock):
@@ -52,15 +61,13 @@ class CompressedSelfAttention(EvaluatedBlock):
         rows = Gather.apply(x, Q, keys, W_v, groups, way, dtype)  # B, groups, m, C or c
         with no_autocast(x):
             if way.at_landmarks:
-                heads = W_v.to(dtype).chunk(groups)  # c, C each
-                rows = torch.stack([row @ head.mT for row, head in zip(rows.unbind(1), heads, strict=True)], 1)
+                rows = times_heads(rows, value_heads(W_v, groups))
             # Rows of B sum to 1, so an affine map of E is the same map of V.
             E = rows.to(wide) + cast(Tensor, self.value.bias).view(groups, 1, -1)  # B, groups, m, c
             E = split(self._normalise("value", E.mT.flatten(1, 2)), groups).mT.to(dtype)
             W_f, b_f = (None, None) if fuse is None else (fuse.weight.flatten(1), fuse.bias)
             if way.at_landmarks and W_f is not None and b_f is not None:
-                heads = W_f.to(dtype).chunk(groups, dim=1)  # C, c each
-                fused = torch.stack([row @ head.mT for row, head in zip(E.unbind(1), heads, strict=True)], 1)
+                fused = times_heads(E, fuse_heads(W_f, groups))  # B, groups, m, C
                 E, W_f, b_f = fused + b_f.to(dtype) / groups, None, None
         out, mean = SpreadOut.apply(x, Q, keys, E, W_f, b_f, alpha, groups, way, pooled, dtype)
         return out, mean

@@ -578,13 +578,13 @@ void spread(const Shape* shape, const real* X, const real* Q, const real* for_qu
 // The gradients of `spread`.
 //
 // out (B, C, n), from which O = (out - x) / alpha, or null; grad_out (B, C, n); grad_mean (B, C) or null -> d_x
-// (B, C, n), unless null, d_Q (B, D, n), d_source (B, C, groups, m) or (B, C, m), d_for_queries (B, groups, m, d),
-// d_bias (B, groups, m), d_alpha (1,), d_W_f (C, C), d_b_f (C,).
+// (B, C, n), d_Q (B, D, n), d_source (B, C, groups, m) or (B, C, m), d_for_queries (B, groups, m, d), d_bias
+// (B, groups, m), d_alpha (1,), d_W_f (C, C), d_b_f (C,).
 void spread_backward(const Shape* shape, const real* X, const real* Q, const real* for_queries, const real* bias,
                      const int64_t* landmark_of, const real* source, const real* W_f, const real* b_f,
                      const real* alpha, const real* out, const real* grad_out, const real* grad_mean, real* d_x,
-                     real* d_Q,
-                     real* d_source, real* d_for_queries, real* d_bias, real* d_alpha, real* d_W_f, real* d_b_f) {
+                     real* d_Q, real* d_source, real* d_for_queries, real* d_bias, real* d_alpha, real* d_W_f,
+                     real* d_b_f) {
     const Shape& s = *shape;
     Shares shares(s);
     const long T = shares.T;
@@ -629,7 +629,7 @@ void spread_backward(const Shape* shape, const real* X, const real* Q, const rea
                 }
                 of_fuse_bias[worker * s.C + row] += sum(total);
             }
-            if (d_x) store(O, s.C, s.n, first, d_x + b * s.C * s.n, T);
+            store(O, s.C, s.n, first, d_x + b * s.C * s.n, T);
             const real* d_U = G;
             if (W_f) {
                 add_outer(s.C, G, U, U_turned, of_fuse + worker * square, T);
@@ -735,6 +735,11 @@ void project_backward(const Shape* shape, const real* X, const real* W_q, const 
     });
 }
 
+// Where a row of group g of image b begins, in (B, groups, c, m) if narrow, else in (B, C, groups, m).
+static long place_of(const Shape& s, bool narrow, long b, long g, long row) {
+    return (narrow ? (b * s.groups + g) * (s.C / s.groups) + row : (b * s.C + row) * s.groups + g) * s.m;
+}
+
 // A weight at the landmarks, a group at a time: `wide` (B, C, groups, m) and `narrow` (B, groups, c, m).
 //
 // Group g's share of W (C, C) is rows g c to (g + 1) c where `of_rows`, (c, C), as in `value`; else those columns,
@@ -749,19 +754,17 @@ void times_at_landmarks(const Shape* shape, const real* W, long of_rows, long na
         for (long i = units * pieces * worker / s.workers; i < units * pieces * (worker + 1) / s.workers; i++) {
             long unit = i / pieces, b = unit / s.groups, g = unit % s.groups;
             long first = rows * (i % pieces) / pieces, count = rows * (i % pieces + 1) / pieces - first;
-            auto place = [&](bool is_narrow, long row) {  // in `narrow` or `wide`
-                return is_narrow ? ((b * s.groups + g) * c + row) * s.m : ((b * s.C + row) * s.groups + g) * s.m;
-            };
             for (long row = 0; row < columns; row++)
-                std::memcpy(x + row * wide, from + place(!narrows, row), s.m * sizeof(real));
+                std::memcpy(x + row * wide, from + place_of(s, !narrows, b, g, row), s.m * sizeof(real));
             const real* share = W + g * c * (of_rows ? s.C : 1);
             if (bool(of_rows) == bool(narrows))
                 product<false>(count, wide, columns, share + first * s.C, s.C, x, wide, y, wide);
             else
                 product<true>(count, wide, columns, share + first, s.C, x, wide, y, wide);
-            for (long row = 0; row < count; row++)
-                for (long k = 0; k < s.m; k++)
-                    to[place(narrows, first + row) + k] = y[row * wide + k] + (bias ? bias[first + row] : real(0));
+            for (long row = 0; row < count; row++) {
+                real* target = to + place_of(s, narrows, b, g, first + row);
+                for (long k = 0; k < s.m; k++) target[k] = y[row * wide + k] + (bias ? bias[first + row] : real(0));
+            }
         }
     });
 }
@@ -771,15 +774,13 @@ void times_at_landmarks_backward(const Shape* shape, const real* wide, const rea
     const Shape& s = *shape;
     long c = s.C / s.groups, rows = of_rows ? c : s.C, columns = of_rows ? s.C : c, width = padded(columns);
     const long block = 32;
-    auto place = [&](bool is_narrow, long b, long g, long row) {
-        return is_narrow ? ((b * s.groups + g) * c + row) * s.m : ((b * s.C + row) * s.groups + g) * s.m;
-    };
     const real *left = of_rows ? narrow : wide, *right = of_rows ? wide : narrow;
+    long between = of_rows ? s.m : s.groups * s.m;  // rows of `left`
     caller_memory.reset();
     real* turned = caller_memory.zeros(s.B * s.groups * s.m * width);  // B, groups, m, columns
     each_worker(s.workers, [&](long worker) {
         for (long i = s.B * s.groups * worker / s.workers; i < s.B * s.groups * (worker + 1) / s.workers; i++)
-            transpose(right + place(!of_rows, i / s.groups, i % s.groups, 0), columns, s.m,
+            transpose(right + place_of(s, !of_rows, i / s.groups, i % s.groups, 0), columns, s.m,
                       of_rows ? s.groups * s.m : s.m, turned + i * s.m * width, width);
     });
     long blocks = (rows + block - 1) / block * s.groups;
@@ -788,7 +789,7 @@ void times_at_landmarks_backward(const Shape* shape, const real* wide, const rea
         for (long i = blocks * worker / s.workers; i < blocks * (worker + 1) / s.workers; i++) {
             long g = i % s.groups, first = i / s.groups * block, count = std::min(block, rows - first);
             for (long b = 0; b < s.B; b++)
-                product<false>(count, width, s.m, left + place(of_rows, b, g, first), of_rows ? s.m : s.groups * s.m,
+                product<false>(count, width, s.m, left + place_of(s, of_rows, b, g, first), between,
                                turned + (b * s.groups + g) * s.m * width, width, total, width,
                                b ? Start::target : Start::zero);
             for (long row = 0; row < count; row++)

@@ -176,32 +176,25 @@ class Positions:
 
     def values(self, rows: Tensor, W_v: Tensor) -> Tensor:
         """E before normalisation and bias, (B, groups, m, c) in fp32 at least, from S_mn X^T."""
-        dtype = torch.promote_types(rows.dtype, torch.float32)
-        heads = W_v.to(rows.dtype).chunk(self.groups)  # c, C each
-        return torch.stack([(row @ head.mT).to(dtype) for row, head in zip(rows.unbind(1), heads, strict=True)], 1)
+        return times_heads(rows, value_heads(W_v, self.groups)).to(torch.promote_types(rows.dtype, torch.float32))
 
     def values_backward(self, d_E: Tensor, rows: Tensor, W_v: Tensor) -> tuple[Tensor, Tensor]:
         """The gradients of `rows` and W_v."""
-        heads = W_v.to(self.dtype).chunk(self.groups)  # c, C each
-        d_heads = d_E.to(self.dtype).unbind(1)  # B, m, c each
-        d_rows = torch.stack([d_head @ head for d_head, head in zip(d_heads, heads, strict=True)], 1)
-        d_W_v = [d.flatten(0, 1).mT @ row.flatten(0, 1) for d, row in zip(d_heads, rows.unbind(1), strict=True)]
-        return d_rows, torch.cat(d_W_v).to(W_v.dtype)
+        d_E = d_E.to(self.dtype)
+        d_rows = times_heads(d_E, value_heads(W_v, self.groups).mT)
+        return d_rows, heads_backward(d_E, rows).flatten(0, 1).to(W_v.dtype)
 
     def fuse(self, Z: Tensor, W_f: Tensor, b_f: Tensor) -> Tensor:
         """W_f Z + b_f, a group's share of it each, (B, groups, m, C)."""
-        heads = W_f.to(self.dtype).chunk(self.groups, dim=1)  # C, c each
-        fused = torch.stack([z @ head.mT for z, head in zip(Z.to(self.dtype).unbind(1), heads, strict=True)], 1)
+        fused = times_heads(Z.to(self.dtype), fuse_heads(W_f, self.groups))
         return fused + b_f.to(self.dtype) / (2 * self.groups)  # each group's rows of S_nm + P have the sum 2
 
     def fuse_backward(self, d_source: Tensor, Z: Tensor, W_f: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The gradients of Z, W_f and b_f."""
-        heads = W_f.to(self.dtype).chunk(self.groups, dim=1)  # C, c each
-        d_heads = d_source.to(self.dtype).unbind(1)  # B, m, C each
-        d_Z = torch.stack([d_head @ head for d_head, head in zip(d_heads, heads, strict=True)], 1).to(Z.dtype)
-        rows = Z.to(self.dtype).unbind(1)
-        d_W_f = [d.flatten(0, 1).mT @ row.flatten(0, 1) for d, row in zip(d_heads, rows, strict=True)]
-        return d_Z, torch.cat(d_W_f, 1).to(W_f.dtype), d_source.sum((0, 1, 2)) / (2 * self.groups)
+        d_fused = d_source.to(self.dtype)
+        d_Z = times_heads(d_fused, fuse_heads(W_f, self.groups).mT).to(Z.dtype)
+        d_W_f = heads_backward(d_fused, Z.to(self.dtype)).transpose(0, 1).flatten(1)  # C, C
+        return d_Z, d_W_f.to(W_f.dtype), d_source.sum((0, 1, 2)) / (2 * self.groups)
 
     def spread(self, given: Spread, pooled: bool) -> tuple[Tensor, Tensor | None]:
         """``x + alpha O`` of Eq. 17, or O with `alpha` None, (B, C, H, W); if `pooled`, the mean of x * O, (B, C)."""
@@ -320,7 +313,11 @@ class Positions:
 
     def _positions_to_landmarks(self, Q: Tensor, for_queries: Tensor, bias: Tensor, part: slice) -> Tensor:
         """S_nm of Eq. 15, transposed: (b, groups, m, n), whose columns sum to 1."""
-        return self._logits(for_queries, Q, part).add_(bias[part].to(Q.dtype).mT).softmax(2)
+        if self.grid is None:  # CSA's logits have no bias
+            return self._logits(for_queries, Q, part).softmax(2)
+        offset, factor = (one[part].to(Q.dtype).flatten(0, 1).mT for one in (bias, for_queries))
+        logits = torch.baddbmm(offset, factor, split(Q[part], self.groups).flatten(0, 1))  # b groups, m, n
+        return logits.softmax(1).view(-1, self.groups, *logits.shape[1:])
 
     def _landmarks_to_positions(self, K: Tensor, for_keys: Tensor, part: slice) -> Tensor:
         """S_mn of Eq. 13: (b, groups, m, n), whose rows sum to 1."""
@@ -363,6 +360,28 @@ class ProjectionGradient(NamedTuple):
 
 
 # Small tools
+
+
+def value_heads(W_v: Tensor, groups: int) -> Tensor:
+    """The share of each group in `value`: (C, C) -> (groups, c, C)."""
+    return W_v.unflatten(0, (groups, -1))  # type: ignore[no-untyped-call]
+
+
+def fuse_heads(W_f: Tensor, groups: int) -> Tensor:
+    """The share of each group in `fuse`: (C, C) -> (groups, C, c)."""
+    return W_f.unflatten(1, (groups, -1)).transpose(0, 1)  # type: ignore[no-untyped-call]
+
+
+def times_heads(rows: Tensor, heads: Tensor) -> Tensor:
+    """Each group's rows by its own weight: (B, groups, m, r), (groups, s, r) -> (B, groups, m, s), typed as `rows`."""
+    pairs = zip(rows.unbind(1), heads.to(rows.dtype), strict=True)
+    return torch.stack([row @ head.mT for row, head in pairs], 1)
+
+
+def heads_backward(d_out: Tensor, rows: Tensor) -> Tensor:
+    """The gradient of the weights of :func:`times_heads`: (B, groups, m, s), (B, groups, m, r) -> (groups, s, r)."""
+    pairs = zip(d_out.unbind(1), rows.unbind(1), strict=True)
+    return torch.stack([d.flatten(0, 1).mT @ row.flatten(0, 1) for d, row in pairs])
 
 
 def inverse_of_dominant(system: Tensor) -> Tensor:
