@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from csalr_plugin.attention import ATTENTION_NAMES, AttentionBlock, LandmarkGrid, build_attention, low_rank
+from csalr_plugin.attention import ATTENTION_NAMES, AttentionBlock, LandmarkGrid, build_attention, csalr
 from csalr_plugin.attention.positions import Plan
 from csalr_plugin.errors import UserError
 
@@ -114,8 +114,8 @@ def test_every_way_to_evaluate_csalr_gives_the_same_output_statistics_and_gradie
     ways = itertools.product([True, False], [True, False], [1, 2, 3])
     for at_landmarks, kept, images in ways:
         keeps = kept or not at_landmarks  # what is gathered, where `value` acts on positions
-        way = Plan(at_landmarks, kept, keeps, keeps, kept and at_landmarks and groups > 1, images)
-        monkeypatch.setattr(low_rank, "plan", lambda *_, way=way: way)
+        way = Plan(at_landmarks, kept, keeps, keeps, kept and at_landmarks and groups > 1, True, images)
+        monkeypatch.setattr(csalr, "plan", lambda *_, way=way: way)
         block = trained("csalr", groups).train(training)
         given = x.clone().requires_grad_()
         output, pooled = block.supervised(given)

@@ -75,7 +75,7 @@ class CompiledPositions(Positions):
         groups, m, C = self.groups, for_keys.shape[3], self.X.shape[1]
         log_sum = self._new(groups, m)
         rows = self._wide(m) if self.way.at_landmarks else self._narrow(m)
-        V = None if self.way.at_landmarks else self._new(C, self._n)
+        V = None if self.way.at_landmarks or not self.way.differentiable else self._new(C, self._n)
         self._call("gather", K.shape[1], m, self.X, K, for_keys, W_v, V, rows, log_sum)
         return Gathered(of_landmarks(rows, self.way.at_landmarks), V, log_sum)
 
@@ -85,10 +85,11 @@ class CompiledPositions(Positions):
         self._call("inverse", 0, systems.shape[3], systems, inverses)
         return inverses
 
-    def times_inverse(self, inverse: Tensor, rows: Tensor, *, transposed: bool = False) -> Tensor:
+    def times_squares(self, squares: Tensor, rows: Tensor, *, transposed: bool = False) -> Tensor:
         """See :class:`Positions`."""
-        result = self._narrow(rows.shape[2])
-        self._call("times_squares", 0, rows.shape[2], inverse, transposed, of_channels(rows, False), result)
+        columns = of_channels(rows, False)  # B, groups, any, m
+        result = self._new(*columns.shape[1:])
+        self._call("times_squares", 0, rows.shape[2], squares, transposed, columns, columns.shape[2], result)
         return result.mT
 
     def values(self, rows: Tensor, W_v: Tensor) -> Tensor:

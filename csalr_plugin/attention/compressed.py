@@ -54,7 +54,8 @@ class CompressedSelfAttention(EvaluatedBlock):
         self._check(x)
         dtype, groups, fuse = working_type(x), self.groups, getattr(self, "fuse", None)
         wide = torch.promote_types(dtype, torch.float32)
-        way = plan(len(x), self.channels, x[0, 0].numel(), len(self.bases) // groups, groups, x.device)
+        m, differentiable = len(self.bases) // groups, torch.is_grad_enabled()
+        way = plan(len(x), self.channels, x[0, 0].numel(), m, groups, x.device, differentiable)
         Q = F.normalize(self._project("query", x).to(wide), dim=1).to(dtype)  # B, C', n
         keys = self._bases().to(wide).mT.expand(len(x), -1, -1, -1)  # B, groups, C', m
         W_v = self.value.weight.flatten(1)

@@ -9,6 +9,7 @@ from csalr_plugin.attention.batch_norm import SynchronisedBatchNorm, world_size
 from csalr_plugin.attention.block import EvaluatedBlock, observing, soften, working_type
 from csalr_plugin.attention.landmarks import LandmarkGrid
 from csalr_plugin.attention.low_rank import LowRankAttention
+from csalr_plugin.attention.positions import plan
 
 
 class CSALR(EvaluatedBlock):
@@ -49,6 +50,9 @@ class CSALR(EvaluatedBlock):
         self._check(x)
         dtype = working_type(x)
         wide = torch.promote_types(dtype, torch.float32)
+        m = LandmarkGrid(x.shape[2], x.shape[3], self.landmarks, x.device).m
+        n = x[0, 0].numel()
+        way = plan(len(x), self.channels, n, m, self.groups, x.device, torch.is_grad_enabled())
         gain_q, shift_q = self._affine("query")
         gain_k, shift_k = self._affine("key")
         gain_v, shift_v = self._affine("value")
@@ -65,6 +69,7 @@ class CSALR(EvaluatedBlock):
             alpha,
             self.groups,
             self.landmarks,
+            way,
             self.self_attention_floor,
             None if value_norm is None else value_norm.eps,
             everywhere,
@@ -73,9 +78,7 @@ class CSALR(EvaluatedBlock):
         )
         if value_norm is not None:
             images = len(x) * (world_size() if everywhere else 1)
-            positions = images * x[0, 0].numel()
-            marks = images * LandmarkGrid(x.shape[2], x.shape[3], self.landmarks, x.device).m
-            for name, count in (("query", positions), ("key", positions), ("value", marks)):
+            for name, count in (("query", images * n), ("key", images * n), ("value", images * m)):
                 mean_of, variance_of, *statistics = statistics
                 self._track(name, mean_of, variance_of, count)
         return out, mean

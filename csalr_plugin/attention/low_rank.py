@@ -30,7 +30,7 @@ from csalr_plugin.attention.batch_norm import over_processes, sum_over_processes
 from csalr_plugin.attention.block import softmax_backward, split
 from csalr_plugin.attention.compiled import Output, positions_of
 from csalr_plugin.attention.landmarks import LandmarkGrid
-from csalr_plugin.attention.positions import Gathered, Positions, ProjectionGradient, Spread, no_autocast, plan
+from csalr_plugin.attention.positions import Gathered, Plan, Positions, ProjectionGradient, Spread, no_autocast
 
 
 class LowRankAttention(torch.autograd.Function):
@@ -44,7 +44,9 @@ class LowRankAttention(torch.autograd.Function):
         W_v, gain_v, shift_v: (C, C), (C,) and (C,) of value, whose affine map and normalisation act on E.
         W_f, b_f: (C, C) and (C,) of `fuse`; None with one group.
         alpha: scalar gate; None: O alone is wanted.
-        groups, landmarks, floor: as in `CSALR`, whose `self_attention_floor` the last is.
+        groups, landmarks: as in `CSALR`.
+        way: how.
+        floor: `CSALR.self_attention_floor`.
         eps: of batch norm by the statistics of the batch; None: no normalisation.
         everywhere: whether these are of the batches of all processes.
         pooled: whether the mean is wanted.
@@ -72,6 +74,7 @@ class LowRankAttention(torch.autograd.Function):
         alpha: Tensor | None,
         groups: int,
         landmarks: tuple[int, int],
+        way: Plan,
         floor: float,
         eps: float | None,
         everywhere: bool,
@@ -80,9 +83,7 @@ class LowRankAttention(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         """See the class."""
         with no_autocast(x):
-            B, C = x.shape[:2]
             grid = LandmarkGrid(x.shape[2], x.shape[3], landmarks, x.device)
-            way = plan(B, C, x[0, 0].numel(), grid.m, groups, x.device)
             positions = positions_of(x, grid, groups, way, dtype)
             Q, K = positions.project(W_q, W_k)  # B, C', n
             normal_q = Normalisation.over(positions, Q, gain_q, shift_q, eps, everywhere)
@@ -92,7 +93,7 @@ class LowRankAttention(torch.autograd.Function):
             E = positions.values(gathered.rows, W_v) if way.at_landmarks else gathered.rows  # B, groups, m, c
             normal_v = Normalisation.over(positions, E.mT.flatten(1, 2), gain_v, shift_v, eps, everywhere)
             inverse = positions.inverse(raise_diagonal(marks.S_mm, floor))  # B, groups, m, m
-            Z = positions.times_inverse(inverse, normal_v.apply(E))  # B, groups, m, c
+            Z = positions.times_squares(inverse, normal_v.apply(E))  # B, groups, m, c
             source = fuse_at_landmarks(positions, Z, W_f, b_f)  # B, groups, m, C or c
             W, b = (None, None) if way.at_landmarks else (W_f, b_f)
             out, mean = positions.spread(Spread(Q, marks.for_queries, marks.bias, source, W, b, alpha), pooled)
@@ -129,7 +130,7 @@ class LowRankAttention(torch.autograd.Function):
             gathered = Gathered(*kept) if way.keeps_gathered else positions.gather(K, marks.for_keys, W_v)
             if E is None:
                 E = positions.values(gathered.rows, W_v) if way.at_landmarks else gathered.rows
-            Z = positions.times_inverse(inverse, normal_v.apply(E))
+            Z = positions.times_squares(inverse, normal_v.apply(E))
             if source is None:
                 source = fuse_at_landmarks(positions, Z, W_f, b_f)
 
@@ -143,7 +144,7 @@ class LowRankAttention(torch.autograd.Function):
             d_Z, d_W_f, d_b_f = spread.source, spread.W_f, spread.b_f
             if way.at_landmarks and W_f is not None:
                 d_Z, d_W_f, d_b_f = positions.fuse_backward(spread.source, Z, W_f)
-            d_E = positions.times_inverse(inverse, d_Z, transposed=True)  # B, groups, m, c
+            d_E = positions.times_squares(inverse, d_Z, transposed=True)  # B, groups, m, c
             d_S_mm = raise_diagonal_backward(-(d_E @ Z.mT), marks.S_mm, floor)
             d_rows, d_gain_v, d_shift_v = normal_v.backward(d_E, E)
             d_W_v = None
@@ -156,7 +157,7 @@ class LowRankAttention(torch.autograd.Function):
 
             # Q and K.
             d_pooled_q, d_pooled_k, d_scale_q, d_offset_q, d_scale_k = marks.backward(
-                normal_q, normal_k, d_for_keys, spread.for_queries, spread.bias, d_S_mm
+                positions, normal_q, normal_k, d_for_keys, spread.for_queries, spread.bias, d_S_mm
             )
             d_gain_q, d_shift_q, slope_q, constant_q = normal_q.backward_parameters(d_scale_q, d_offset_q)
             d_gain_k, _no_shift, slope_k, constant_k = normal_k.backward_parameters(
@@ -174,7 +175,7 @@ class LowRankAttention(torch.autograd.Function):
         d_x, d_alpha = spread.x.to(x.dtype).view_as(x), spread.alpha
         return (
             *(d_x, d_W_q, d_gain_q, d_shift_q, d_W_k, d_gain_k, d_W_v, d_gain_v, d_shift_v, d_W_f, d_b_f, d_alpha),
-            *(None,) * 7,
+            *(None,) * 8,
         )
 
 
@@ -235,18 +236,18 @@ class Normalisation:
     def apply(self, E: Tensor) -> Tensor:
         """(B, groups, m, c), whose channels are groups x c -> the same shape."""
         scale, offset = (one.view(E.shape[1], 1, -1) for one in (self.scale, self.offset))  # groups, 1, c
-        return E * scale + offset
+        return (E * scale).add_(offset)
 
     def backward(self, d_E: Tensor, E: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """From the gradient of `apply`, (B, groups, m, c), to those of E, gain and shift."""
         per_channel = (E.shape[1], 1, E.shape[3])
-        d_scale, d_offset = (d_E * E).sum((0, 2)).flatten(), d_E.sum((0, 2)).flatten()
+        d_scale, d_offset = (one.sum(2).sum(0).flatten() for one in (d_E * E, d_E))
         d_gain, d_shift, slope, constant = self.backward_parameters(d_scale, d_offset)
         scale = self.scale.view(per_channel)
         if slope is None or constant is None:
             return d_E * scale, d_gain, d_shift
         return (
-            torch.addcmul(constant.view(per_channel), E, slope.view(per_channel)).addcmul_(d_E, scale),
+            (E * slope.view(per_channel)).add_(constant.view(per_channel)).addcmul_(d_E, scale),
             d_gain,
             d_shift,
         )
@@ -302,6 +303,7 @@ class Landmarks(NamedTuple):
 
     def backward(
         self,
+        positions: Positions,
         normal_q: Normalisation,
         normal_k: Normalisation,
         d_for_keys: Tensor,
@@ -312,8 +314,10 @@ class Landmarks(NamedTuple):
         """Gradients of pooled Q and K, (B, C', m), and of Q's scale and offset and K's scale, (C',)."""
         scale_q, offset_q, scale_k = per_group(self.Q.shape[1], normal_q.scale, normal_q.offset, normal_k.scale)
         d_logits = softmax_backward(d_S_mm, self.S_mm, 3)
-        d_Q = self.K @ d_logits.mT + d_for_keys * scale_k * self.guard
-        d_K = (self.Q @ d_logits + d_for_queries * scale_q + d_bias * offset_q) * self.guard
+        through_Q = positions.times_squares(d_logits, self.K.mT).mT
+        through_K = positions.times_squares(d_logits, self.Q.mT, transposed=True).mT
+        d_Q = through_Q + d_for_keys * scale_k * self.guard
+        d_K = (through_K + d_for_queries * scale_q + d_bias * offset_q) * self.guard
         d_scale_q = (d_for_queries * self.K + d_Q * self.pooled_q).sum((0, 3)).flatten()
         d_scale_k = (d_for_keys * self.Q * self.guard + d_K * self.pooled_k).sum((0, 3)).flatten()
         d_offset_q = (d_bias * self.K + d_Q).sum((0, 3)).flatten()

@@ -114,31 +114,114 @@ void product(long M, long N, long K, const real* A, long lda, const real* B, lon
 
 // Tiles
 
-// (rows, n) -> (rows, T), zero beyond the end of the image.
-void load(const real* image, long rows, long n, long first, real* tile, long T) {
-    long count = std::min(T, n - first);
-    for (long r = 0; r < rows; r++) {
-        std::memcpy(tile + r * T, image + r * n + first, count * sizeof(real));
-        std::fill(tile + r * T + count, tile + (r + 1) * T, real(0));
+// `count` numbers, at most a register of them, and zero after them.
+inline vec read(const real* place, long count) {
+    if (count >= LANES) return at(place);
+    vec part{};
+    for (long lane = 0; lane < count; lane++) part[lane] = place[lane];
+    return part;
+}
+
+inline void write(const vec& value, real* place, long count) {
+    if (count >= LANES) at(place) = value;
+    for (long lane = 0; lane < count && count < LANES; lane++) place[lane] = value[lane];
+}
+
+// A tile's place in a tensor (rows, n): `count` positions from `first` on.
+template <class Number>
+struct Window {
+    Number* image;
+    long rows, n, first, count;
+
+    // A row of it; that some rows further starts on its way to the cache, as each lies on a page of its own and no
+    // processor foresees the next page.
+    Number* operator[](long row) const {
+        constexpr long further = 4, line = 64 / sizeof(real);
+        Number* place = image + row * n + first;
+        for (long t = 0; t < count && row + further < rows; t += line) __builtin_prefetch(place + further * n + t);
+        return place;
+    }
+};
+
+// (rows, T) of it, zero beyond the end of the image.
+void load(const Window<const real>& from, real* tile, long T) {
+    for (long r = 0; r < from.rows; r++) {
+        const real* row = from[r];
+        for (long t = 0; t < T; t += LANES) at(tile + r * T + t) = read(row + t, from.count - t);
     }
 }
 
-void store(const real* tile, long rows, long n, long first, real* image, long T) {
-    long count = std::min(T, n - first);
-    for (long r = 0; r < rows; r++) std::memcpy(image + r * n + first, tile + r * T, count * sizeof(real));
+void store(const real* tile, const Window<real>& to, long T) {
+    for (long r = 0; r < to.rows; r++) {
+        real* row = to[r];
+        for (long t = 0; t < T; t += LANES) write(at(tile + r * T + t), row + t, to.count - t);
+    }
+}
+
+void add(const real* tile, const Window<real>& to, long T) {
+    for (long r = 0; r < to.rows; r++) {
+        real* row = to[r];
+        for (long t = 0; t < T; t += LANES)
+            write(read(row + t, to.count - t) + at(tile + r * T + t), row + t, to.count - t);
+    }
+}
+
+// A square of LANES registers, by halves: what stands right of the diagonal's blocks changes with what is left of them.
+template <long half = LANES / 2>
+inline void transpose(vec* square) {
+    wholes upper, lower;
+    for (long lane = 0; lane < LANES; lane++) {
+        upper[lane] = lane & half ? lane - half + LANES : lane;
+        lower[lane] = lane & half ? lane + LANES : lane + half;
+    }
+    for (long row = 0; row < LANES; row++) {
+        if (row & half) continue;
+        vec one = square[row], other = square[row + half];
+        square[row] = __builtin_shuffle(one, other, upper);
+        square[row + half] = __builtin_shuffle(one, other, lower);
+    }
+    if constexpr (half > 1) transpose<half / 2>(square);
 }
 
 // (rows, columns) -> (columns, width), where columns from `rows` on stay as they are; `stride` between rows.
 void transpose(const real* from, long rows, long columns, long stride, real* to, long width) {
     for (long first = 0; first < rows; first += LANES)
-        for (long t = 0; t < columns; t++)
-            for (long row = first; row < std::min(rows, first + LANES); row++)
-                to[t * width + row] = from[row * stride + t];
+        for (long t = 0; t < columns; t += LANES) {
+            long count = std::min(LANES, rows - first);
+            vec square[LANES]{};
+            for (long row = 0; row < count; row++) square[row] = read(from + (first + row) * stride + t, columns - t);
+            transpose(square);
+            for (long i = 0; i < std::min(LANES, columns - t); i++)
+                write(square[i], to + (t + i) * width + first, count);
+        }
 }
 
 void transpose(const real* tile, long rows, real* turned, long width, long T) {
     transpose(tile, rows, T, T, turned, width);
 }
+
+// What m landmarks have, at a register of positions. Neighbours' landmarks mostly stand together, and are shuffled.
+class Lookup {
+  public:
+    Lookup() = default;
+    Lookup(const int64_t* landmark_of, long count, long m) : landmark_of(landmark_of), count(count) {
+        first = std::max(0L, std::min(*std::min_element(landmark_of, landmark_of + count), m - LANES));
+        together = m >= LANES && *std::max_element(landmark_of, landmark_of + count) < first + LANES;
+        for (long lane = 0; lane < count; lane++) lanes[lane] = landmark_of[lane] - first;
+    }
+    vec operator()(const real* of_landmarks) const {
+        if (together) return __builtin_shuffle(at(of_landmarks + first), lanes);
+        vec found{};
+        for (long lane = 0; lane < count; lane++) found[lane] = of_landmarks[landmark_of[lane]];
+        return found;
+    }
+
+  private:
+    const int64_t* landmark_of;
+    long count, first;
+    bool together;
+    wholes lanes{};
+};
 
 // Softmax over the rows of each column of (m, T), to which `bias`, (m,), is added before.
 void softmax_of_columns(real* logits, const real* bias, long m, long T) {
@@ -148,7 +231,8 @@ void softmax_of_columns(real* logits, const real* bias, long m, long T) {
         vec total{};
         for (long k = 0; k < m; k++)
             total += at(column + k * T) = exponential(at(column + k * T) + (bias[k] - top));
-        for (long k = 0; k < m; k++) at(column + k * T) /= total;
+        vec share = 1 / total;  // a division takes ten times as long as a product
+        for (long k = 0; k < m; k++) at(column + k * T) *= share;
     }
 }
 
@@ -190,6 +274,19 @@ struct Segment {  // neighbouring tiles of one image, which one worker computes
     long index, image, begin, end;
 };
 
+struct Tile {
+    const Segment& part;
+    long first, count;  // positions
+    bool fresh;         // the first of its segment
+
+    // Its place in a tensor (B, rows, n).
+    template <class Number>
+    Window<Number> of(Number* images, long rows, long n) const {
+        return {images + part.image * rows * n, rows, n, first, count};
+    }
+    Start start() const { return fresh ? Start::zero : Start::target; }  // of what a segment adds up
+};
+
 }  // namespace
 
 extern "C" {
@@ -218,10 +315,12 @@ void each_worker(long workers, const Work& work) {
 }
 
 // An even share of all tiles for each worker. What is summed by whom depends on the shape alone, never on which thread
-// was free: the same call gives the same digits.
+// was free: the same call gives the same digits. A pass goes `backwards` after one that went forwards, as it finds in
+// the cache what that one used last.
 class Shares {
   public:
-    explicit Shares(const Shape& s) : T(tile_of(s)), workers(s.workers), first_of(s.workers + 1) {
+    Shares(const Shape& s, bool backwards)
+        : T(tile_of(s)), n(s.n), images(s.B), workers(s.workers), backwards(backwards), first_of(s.workers + 1) {
         long tiles = (s.n + T - 1) / T;
         for (long worker = 0; worker < workers; worker++) {
             long begin = s.B * tiles * worker / workers, end = s.B * tiles * (worker + 1) / workers;
@@ -235,19 +334,32 @@ class Shares {
         first_of[workers] = segments.size();
     }
 
-    // Calls work(worker, tiles) for each worker; tiles(visit) calls visit(segment, first position) for each tile.
+    // Calls work(worker, tiles) for each worker; tiles(visit) calls visit(tile) for each tile.
     template <class Work>
     void each(const Work& work) const {
         each_worker(workers, [&](long worker) {
             work(worker, [&](const auto& visit) {
-                for (long i = first_of[worker]; i < first_of[worker + 1]; i++)
-                    for (long tile = segments[i].begin; tile < segments[i].end; tile++) visit(segments[i], tile * T);
+                long begin = first_of[worker], end = first_of[worker + 1];
+                for (long i = begin; i < end; i++) {
+                    const Segment& part = segments[backwards ? begin + end - 1 - i : i];
+                    for (long j = part.begin; j < part.end; j++) {
+                        long first = (backwards ? part.begin + part.end - 1 - j : j) * T;
+                        visit(Tile{part, first, std::min(T, n - first), j == part.begin});
+                    }
+                }
             });
         });
     }
 
+    // Memory for what segments add up, (segments, rows, width): the target itself where that is the same.
+    real* sums(long rows, long width, long columns, real* target) const {
+        bool same = size() == images && width == columns;
+        return same ? target : caller_memory.take(size() * rows * width);
+    }
+
     // target (B, rows, columns): for each image the sum over its segments of `parts`, (segments, rows, width).
     void add_up(const real* parts, long rows, long width, long columns, real* target) const {
+        if (parts == target) return;
         each_worker(workers, [&](long worker) {
             for (long i = 0; i < size(); i++)
                 for (long row = rows * worker / workers; row < rows * (worker + 1) / workers; row++) {
@@ -265,7 +377,8 @@ class Shares {
     std::vector<Segment> segments;
 
   private:
-    long workers;
+    long n, images, workers;
+    bool backwards;
     std::vector<long> first_of;
 };
 
@@ -293,15 +406,15 @@ void add_outer(long C, const real* left, const real* right, real* turned, real* 
 // A_nm = S_nm + P of Eq. 15, transposed: (groups m, T). `own`: the entries of S_nm to which P adds 1,
 // (groups, T).
 void map_of_queries(const Shape& s, const real* q, const real* for_queries, const real* bias,
-                    const int64_t* landmark_of, long first, real* A, real* own, long T) {
+                    const int64_t* landmark_of, const Tile& tile, real* A, real* own, long T) {
     long d = s.d;
     for (long g = 0; g < s.groups; g++) {
         real* map = A + g * s.m * T;
         product<true>(s.m, T, d, for_queries + g * d * s.m, s.m, q + g * s.step * T, T, map, T);
         softmax_of_columns(map, bias + g * s.m, s.m, T);
         if (!landmark_of) continue;
-        for (long t = 0; t < std::min(T, s.n - first); t++) {
-            real& entry = map[landmark_of[first + t] * T + t];
+        for (long t = 0; t < tile.count; t++) {
+            real& entry = map[landmark_of[tile.first + t] * T + t];
             own[g * T + t] = entry;
             entry += 1;
         }
@@ -331,16 +444,16 @@ extern "C" {
 // Q and K: X (B, C, n), W_q and W_k (D, C) -> (B, D, n) each.
 void project(const Shape* shape, const real* X, const real* W_q, const real* W_k, real* Q, real* K) {
     const Shape& s = *shape;
-    Shares shares(s);
+    Shares shares(s, false);
     const long T = shares.T;
     shares.each([&](long, const auto& tiles) {
         real *x = worker_memory.take(s.C * T), *y = worker_memory.take(s.D * T);
-        tiles([&](const Segment& part, long first) {
-            load(X + part.image * s.C * s.n, s.C, s.n, first, x, T);
+        tiles([&](const Tile& tile) {
+            load(tile.of(X, s.C, s.n), x, T);
             product<false>(s.D, T, s.C, W_q, s.C, x, T, y, T);
-            store(y, s.D, s.n, first, Q + part.image * s.D * s.n, T);
+            store(y, tile.of(Q, s.D, s.n), T);
             product<false>(s.D, T, s.C, W_k, s.C, x, T, y, T);
-            store(y, s.D, s.n, first, K + part.image * s.D * s.n, T);
+            store(y, tile.of(K, s.D, s.n), T);
         });
     });
 }
@@ -390,12 +503,12 @@ void moments(const Shape* shape, const real* features, long rows, long n, real* 
 void gather(const Shape* shape, const real* X, const real* K, const real* for_keys, const real* W_v, real* V,
             real* gathered, real* log_sum) {
     const Shape& s = *shape;
-    Shares shares(s);
+    Shares shares(s, true);
     const long T = shares.T;
     long d = s.d, c = s.C / s.groups, wide = padded(s.m), all = s.groups * wide;
     long heads = s.at_landmarks ? s.groups : 1, width = heads * wide;
     caller_memory.reset();
-    real* totals = caller_memory.zeros(shares.size() * s.C * width);
+    real* totals = shares.sums(s.C * heads, wide, s.m, gathered);
     real* tops = caller_memory.take(shares.size() * all);
     real* sums = caller_memory.zeros(shares.size() * all);
     real* factors = caller_memory.take(shares.size() * all);
@@ -405,34 +518,35 @@ void gather(const Shape* shape, const real* X, const real* K, const real* for_ke
         real *k = worker_memory.take(s.D * T), *keys = worker_memory.zeros(s.groups * d * wide);
         real* S = worker_memory.take(T * wide);
         long keys_of = -1;
-        tiles([&](const Segment& part, long first) {
-            long count = std::min(T, s.n - first);
-            load(X + part.image * s.C * s.n, s.C, s.n, first, x, T);
-            load(K + part.image * s.D * s.n, s.D, s.n, first, k, T);
+        tiles([&](const Tile& tile) {
+            const Segment& part = tile.part;
+            load(tile.of(X, s.C, s.n), x, T);
+            load(tile.of(K, s.D, s.n), k, T);
             for (long row = 0; keys_of != part.image && row < s.groups * d; row++)
                 std::memcpy(keys + row * wide, for_keys + (part.image * s.groups * d + row) * s.m, s.m * sizeof(real));
             keys_of = part.image;
             if (!s.at_landmarks) product<false>(s.C, T, s.C, W_v, s.C, x, T, v, T);
-            if (V) store(v, s.C, s.n, first, V + part.image * s.C * s.n, T);
+            if (V) store(v, tile.of(V, s.C, s.n), T);
             for (long g = 0; g < s.groups; g++) {
                 long here = part.index * all + g * wide;
                 product<true>(T, wide, d, k + g * s.step * T, T, keys + g * d * wide, wide, S, wide);  // T, m
                 for (long j = 0; j < wide; j += LANES) {  // a maximum so far, and all before it scaled to that
                     vec top = at(tops + here + j), total{};
-                    for (long t = 0; t < count; t++) top = larger(top, at(S + t * wide + j));
-                    for (long t = 0; t < count; t++)
+                    for (long t = 0; t < tile.count; t++) top = larger(top, at(S + t * wide + j));
+                    for (long t = 0; t < tile.count; t++)
                         total += at(S + t * wide + j) = exponential(at(S + t * wide + j) - top);
                     at(factors + here + j) = exponential(at(tops + here + j) - top);
                     at(sums + here + j) = at(sums + here + j) * at(factors + here + j) + total;
                     at(tops + here + j) = top;
                 }
+                Start start = tile.fresh ? Start::zero : Start::scaled;
                 real* total = totals + part.index * s.C * width;
                 if (s.at_landmarks)
-                    product<false>(s.C, wide, count, x, T, S, wide, total + g * wide, width, Start::scaled,
+                    product<false>(s.C, wide, tile.count, x, T, S, wide, total + g * wide, width, start,
                                    factors + here);
                 else
-                    product<false>(c, wide, count, v + g * c * T, T, S, wide, total + g * c * wide, width,
-                                   Start::scaled, factors + here);
+                    product<false>(c, wide, tile.count, v + g * c * T, T, S, wide, total + g * c * wide, width, start,
+                                   factors + here);
             }
         });
     });
@@ -451,14 +565,16 @@ void gather(const Shape* shape, const real* X, const real* K, const real* for_ke
             for (long k = j % wide; k < std::min(s.m, j % wide + LANES); k++)
                 log_sum[(image * s.groups + j / wide) * s.m + k] = top[k % LANES] + std::log(total[k % LANES]);
         }
-        for (long row = 0; row < s.C; row++)
-            for (long i = begin; i < end; i++)
-                for (long head = 0; head < heads; head++) {
-                    const real* from = totals + (i * s.C + row) * width + head * wide;
-                    const real* factor = factors + i * all + (s.at_landmarks ? head : row / c) * wide;
-                    real* to = gathered + ((image * s.C + row) * heads + head) * s.m;
-                    for (long k = 0; k < s.m; k++) to[k] = (i == begin ? 0 : to[k]) + from[k] * factor[k];
-                }
+        each_worker(s.workers, [&](long worker) {
+            for (long row = s.C * worker / s.workers; row < s.C * (worker + 1) / s.workers; row++)
+                for (long i = begin; i < end; i++)
+                    for (long head = 0; head < heads; head++) {
+                        const real* from = totals + (i * s.C + row) * width + head * wide;
+                        const real* factor = factors + i * all + (s.at_landmarks ? head : row / c) * wide;
+                        real* to = gathered + ((image * s.C + row) * heads + head) * s.m;
+                        for (long k = 0; k < s.m; k++) to[k] = (i == begin ? 0 : to[k]) + from[k] * factor[k];
+                    }
+        });
     }
 }
 
@@ -470,13 +586,13 @@ void gather_backward(const Shape* shape, const real* X, const real* features, co
                      const real* log_sum, const real* W_v, const real* gathered, const real* d_gathered, real* d_x,
                      real* d_K, real* d_for_keys, real* d_W_v) {
     const Shape& s = *shape;
-    Shares shares(s);
+    Shares shares(s, false);
     const long T = shares.T;
     long d = s.d, c = s.C / s.groups, deep = padded(d), marks = s.groups * s.m;
     long square = s.at_landmarks ? 0 : s.C * padded(s.C);
     caller_memory.reset();
-    real* of_keys = caller_memory.zeros(shares.size() * marks * deep);
-    real* of_value = caller_memory.zeros(s.workers * square);
+    real* of_keys = shares.sums(marks, deep, d, d_for_keys);
+    real* of_value = caller_memory.take(s.workers * square);
     // What a softmax's gradient takes away in each row, sum of d_S_mn * S_mn, is that of d_gathered * gathered.
     real* dots = caller_memory.zeros(s.B * marks);
     long heads = s.at_landmarks ? 1 : s.groups, width = marks / heads;
@@ -489,15 +605,15 @@ void gather_backward(const Shape* shape, const real* X, const real* features, co
     shares.each([&](long worker, const auto& tiles) {
         real *x = worker_memory.take(s.C * T), *v = worker_memory.take(s.C * T);
         real *d_tile = worker_memory.take(s.C * T), *d_v = worker_memory.take(s.C * T);
+        std::fill(of_value + worker * square, of_value + (worker + 1) * square, real(0));
         real *k = worker_memory.take(s.D * T), *d_k = worker_memory.take(s.D * T);
         real *S = worker_memory.take(marks * T), *d_S = worker_memory.take(marks * T);
         real *k_turned = worker_memory.zeros(T * deep), *x_turned = worker_memory.zeros(T * padded(s.C));
-        tiles([&](const Segment& part, long first) {
-            long b = part.image;
+        tiles([&](const Tile& tile) {
+            long b = tile.part.image;
             const real* rows = d_gathered + b * marks * (s.at_landmarks ? s.C : c);
-            load(features + b * s.C * s.n, s.C, s.n, first, v, T);
-            load(K + b * s.D * s.n, s.D, s.n, first, k, T);
-            load(d_x + b * s.C * s.n, s.C, s.n, first, d_tile, T);
+            load(tile.of(features, s.C, s.n), v, T);
+            load(tile.of(K, s.D, s.n), k, T);
             if (s.at_landmarks) product<true>(marks, T, s.C, rows, marks, v, T, d_S, T);
             for (long g = 0; g < s.groups; g++) {
                 const real* keys = for_keys + (b * s.groups + g) * d * s.m;
@@ -516,19 +632,19 @@ void gather_backward(const Shape* shape, const real* X, const real* features, co
                 product<false>(d, T, s.m, keys, s.m, d_map, T, d_k + g * s.step * T, T, start_of_group(s, g));
                 transpose(k + g * s.step * T, d, k_turned, deep, T);
                 product<false>(s.m, deep, T, d_map, T, k_turned, deep,
-                               of_keys + (part.index * marks + g * s.m) * deep, deep, Start::target);
+                               of_keys + (tile.part.index * marks + g * s.m) * deep, deep, tile.start());
                 if (!s.at_landmarks)
                     product<false>(c, T, s.m, rows + g * c * s.m, s.m, map, T, d_v + g * c * T, T);
             }
             if (s.at_landmarks) {
-                product<false>(s.C, T, marks, rows, marks, S, T, d_tile, T, Start::target);
+                product<false>(s.C, T, marks, rows, marks, S, T, d_tile, T);
             } else {
-                load(X + b * s.C * s.n, s.C, s.n, first, x, T);
+                load(tile.of(X, s.C, s.n), x, T);
                 add_outer(s.C, d_v, x, x_turned, of_value + worker * square, T);
-                product<true>(s.C, T, s.C, W_v, s.C, d_v, T, d_tile, T, Start::target);
+                product<true>(s.C, T, s.C, W_v, s.C, d_v, T, d_tile, T);
             }
-            store(d_k, s.D, s.n, first, d_K + b * s.D * s.n, T);
-            store(d_tile, s.C, s.n, first, d_x + b * s.C * s.n, T);
+            store(d_k, tile.of(d_K, s.D, s.n), T);
+            add(d_tile, tile.of(d_x, s.C, s.n), T);
         });
     });
     shares.add_up(of_keys, marks, deep, d, d_for_keys);
@@ -543,31 +659,35 @@ void spread(const Shape* shape, const real* X, const real* Q, const real* for_qu
             const int64_t* landmark_of, const real* source, const real* W_f, const real* b_f, const real* alpha,
             real* out, real* mean) {
     const Shape& s = *shape;
-    Shares shares(s);
+    Shares shares(s, false);
     const long T = shares.T;
     long marks = s.groups * s.m, columns = s.at_landmarks ? s.C : s.C / s.groups;
     caller_memory.reset();
-    real* sums = caller_memory.zeros(shares.size() * s.C);
+    real* sums = caller_memory.take(shares.size() * s.C);
     shares.each([&](long, const auto& tiles) {
         real *q = worker_memory.take(s.D * T), *A = worker_memory.take(marks * T);
-        real *own = worker_memory.take(s.groups * T), *x = worker_memory.take(s.C * T);
+        real* own = worker_memory.take(s.groups * T);
         real *U = worker_memory.take(s.C * T), *O = worker_memory.take(s.C * T);
-        tiles([&](const Segment& part, long first) {
-            long b = part.image;
-            load(Q + b * s.D * s.n, s.D, s.n, first, q, T);
+        tiles([&](const Tile& tile) {
+            long b = tile.part.image;
+            load(tile.of(Q, s.D, s.n), q, T);
             const real* queries = for_queries + b * s.groups * s.d * s.m;
-            map_of_queries(s, q, queries, bias + b * marks, landmark_of, first, A, own, T);
+            map_of_queries(s, q, queries, bias + b * marks, landmark_of, tile, A, own, T);
             attend(s, A, source + b * marks * columns, W_f, b_f, U, O, T);
-            load(X + b * s.C * s.n, s.C, s.n, first, x, T);
+            auto x = tile.of(X, s.C, s.n);
+            auto to = tile.of(out, s.C, s.n);
             for (long row = 0; row < s.C; row++) {
+                const real *from = x[row], *o = O + row * T;
+                real* target = to[row];
                 vec total{};
-                for (long t = row * T; t < (row + 1) * T; t += LANES) {
-                    total += at(x + t) * at(O + t);
-                    if (alpha) at(O + t) = at(x + t) + *alpha * at(O + t);
+                for (long t = 0; t < T; t += LANES) {
+                    vec one = read(from + t, tile.count - t), other = at(o + t);
+                    total += one * other;
+                    write(alpha ? one + *alpha * other : other, target + t, tile.count - t);
                 }
-                sums[part.index * s.C + row] += sum(total);
+                real& so_far = sums[tile.part.index * s.C + row];
+                so_far = (tile.fresh ? 0 : so_far) + sum(total);
             }
-            store(O, s.C, s.n, first, out + b * s.C * s.n, T);
         });
     });
     if (!mean) return;
@@ -586,50 +706,56 @@ void spread_backward(const Shape* shape, const real* X, const real* Q, const rea
                      real* d_Q, real* d_source, real* d_for_queries, real* d_bias, real* d_alpha, real* d_W_f,
                      real* d_b_f) {
     const Shape& s = *shape;
-    Shares shares(s);
+    Shares shares(s, true);
     const long T = shares.T;
     long d = s.d, c = s.C / s.groups, wide = padded(s.m), deep = padded(d), marks = s.groups * s.m;
     long heads = s.at_landmarks ? s.groups : 1, width = heads * wide, square = W_f ? s.C * padded(s.C) : 0;
     if (!alpha || std::abs(*alpha) < LEAST_ALPHA) out = nullptr;
+    real per_alpha = out ? 1 / *alpha : 0;
     caller_memory.reset();
-    real* of_source = caller_memory.zeros(shares.size() * s.C * width);
-    real* of_queries = caller_memory.zeros(shares.size() * marks * deep);
-    real* of_bias = caller_memory.zeros(shares.size() * marks);
-    real* of_fuse = caller_memory.zeros(s.workers * square);
+    real* of_source = shares.sums(s.C * heads, wide, s.m, d_source);
+    real* of_queries = shares.sums(marks, deep, d, d_for_queries);
+    real* of_bias = shares.sums(1, marks, marks, d_bias);
+    real* of_fuse = caller_memory.take(s.workers * square);
     real* of_fuse_bias = caller_memory.zeros(s.workers * s.C);
     real* of_alpha = caller_memory.zeros(s.workers);
     shares.each([&](long worker, const auto& tiles) {
         real *q = worker_memory.take(s.D * T), *d_q = worker_memory.take(s.D * T);
         real *A = worker_memory.take(marks * T), *d_A = worker_memory.take(marks * T);
-        real *own = worker_memory.take(s.groups * T), *x = worker_memory.take(s.C * T);
+        real* own = worker_memory.take(s.groups * T);
         real *U = worker_memory.take(s.C * T), *O = worker_memory.take(s.C * T);
+        std::fill(of_fuse + worker * square, of_fuse + (worker + 1) * square, real(0));
         real *G = worker_memory.take(s.C * T), *U_turned = worker_memory.zeros(T * padded(s.C));
         real *A_turned = worker_memory.zeros(T * width), *q_turned = worker_memory.zeros(T * deep);
         vec alpha_total{};
-        tiles([&](const Segment& part, long first) {
-            long b = part.image;
+        tiles([&](const Tile& tile) {
+            long b = tile.part.image;
             const real* rows = source + b * marks * (s.at_landmarks ? s.C : c);
             const real* queries = for_queries + b * s.groups * s.d * s.m;
-            real* source_total = of_source + part.index * s.C * width;
-            load(Q + b * s.D * s.n, s.D, s.n, first, q, T);
-            map_of_queries(s, q, queries, bias + b * marks, landmark_of, first, A, own, T);
+            real* source_total = of_source + tile.part.index * s.C * width;
+            load(tile.of(Q, s.D, s.n), q, T);
+            map_of_queries(s, q, queries, bias + b * marks, landmark_of, tile, A, own, T);
             attend(s, A, rows, W_f, b_f, U, out ? nullptr : O, T);
-            load(X + b * s.C * s.n, s.C, s.n, first, x, T);
-            if (out) load(out + b * s.C * s.n, s.C, s.n, first, O, T);
-            load(grad_out + b * s.C * s.n, s.C, s.n, first, G, T);
-            for (long row = 0; row < s.C; row++) {  // G becomes the gradient of O, and O that of x
+            auto x = tile.of(X, s.C, s.n), given = tile.of(grad_out, s.C, s.n);
+            auto result = tile.of(out ? out : X, s.C, s.n);
+            auto to = tile.of(d_x, s.C, s.n);
+            for (long row = 0; row < s.C; row++) {  // G becomes the gradient of O
                 real share = grad_mean ? grad_mean[b * s.C + row] / s.n : real(0);
+                const real *xs = x[row], *gradients = given[row], *results = out ? result[row] : nullptr;
+                real* target = to[row];
                 vec total{};
-                for (long t = row * T; t < (row + 1) * T; t += LANES) {
-                    vec gradient = at(G + t), output = out ? (at(O + t) - at(x + t)) / *alpha : at(O + t);
+                for (long t = 0; t < T; t += LANES) {
+                    long left = tile.count - t;
+                    vec one = read(xs + t, left), gradient = read(gradients + t, left);
+                    vec output = results ? (read(results + t, left) - one) * per_alpha : at(O + row * T + t);
+                    vec d_O = (alpha ? *alpha * gradient : gradient) + share * one;
                     alpha_total += gradient * output;
-                    at(G + t) = (alpha ? *alpha * gradient : gradient) + share * at(x + t);
-                    at(O + t) = share * output + (alpha ? gradient : vec{});
-                    total += at(G + t);
+                    total += d_O;
+                    at(G + row * T + t) = d_O;
+                    write(share * output + (alpha ? gradient : vec{}), target + t, left);
                 }
                 of_fuse_bias[worker * s.C + row] += sum(total);
             }
-            store(O, s.C, s.n, first, d_x + b * s.C * s.n, T);
             const real* d_U = G;
             if (W_f) {
                 add_outer(s.C, G, U, U_turned, of_fuse + worker * square, T);
@@ -638,7 +764,7 @@ void spread_backward(const Shape* shape, const real* X, const real* Q, const rea
             }
             if (s.at_landmarks) {
                 for (long g = 0; g < s.groups; g++) transpose(A + g * s.m * T, s.m, A_turned + g * wide, width, T);
-                product<false>(s.C, width, T, d_U, T, A_turned, width, source_total, width, Start::target);
+                product<false>(s.C, width, T, d_U, T, A_turned, width, source_total, width, tile.start());
                 product<true>(marks, T, s.C, rows, marks, d_U, T, d_A, T);
             }
             for (long g = 0; g < s.groups; g++) {
@@ -647,26 +773,25 @@ void spread_backward(const Shape* shape, const real* X, const real* Q, const rea
                     const real* d_head = d_U + g * c * T;
                     transpose(map, s.m, A_turned, wide, T);
                     product<false>(c, wide, T, d_head, T, A_turned, wide, source_total + g * c * wide, wide,
-                                   Start::target);
+                                   tile.start());
                     product<true>(s.m, T, c, rows + g * c * s.m, s.m, d_head, T, d_map, T);
                 }
                 // P away again; a subtraction would lose the digits of small entries.
-                for (long t = 0; landmark_of && t < std::min(T, s.n - first); t++)
-                    map[landmark_of[first + t] * T + t] = own[g * T + t];
+                for (long t = 0; landmark_of && t < tile.count; t++)
+                    map[landmark_of[tile.first + t] * T + t] = own[g * T + t];
                 softmax_of_columns_backward(d_map, map, s.m, T);
                 product<false>(d, T, s.m, queries + g * d * s.m, s.m, d_map, T, d_q + g * s.step * T, T,
                                start_of_group(s, g));
                 transpose(q + g * s.step * T, d, q_turned, deep, T);
-                long here = part.index * marks + g * s.m;
-                product<false>(s.m, deep, T, d_map, T, q_turned, deep, of_queries + here * deep, deep,
-                               Start::target);
+                long here = tile.part.index * marks + g * s.m;
+                product<false>(s.m, deep, T, d_map, T, q_turned, deep, of_queries + here * deep, deep, tile.start());
                 for (long k = 0; k < s.m; k++) {
                     vec total{};
                     for (long t = 0; t < T; t += LANES) total += at(d_map + k * T + t);
-                    of_bias[here + k] += sum(total);
+                    of_bias[here + k] = (tile.fresh ? 0 : of_bias[here + k]) + sum(total);
                 }
             }
-            store(d_q, s.D, s.n, first, d_Q + b * s.D * s.n, T);
+            store(d_q, tile.of(d_Q, s.D, s.n), T);
         });
         of_alpha[worker] = sum(alpha_total);
     });
@@ -688,37 +813,39 @@ void project_backward(const Shape* shape, const real* X, const real* W_q, const 
                       const real* means_q, const real* means_k, const real* d_Q, const real* d_K, real* d_x,
                       real* d_W) {
     const Shape& s = *shape;
-    Shares shares(s);
+    Shares shares(s, true);
     const long T = shares.T;
     long deep = padded(s.D), width = 2 * deep;
     const real *W[] = {W_q, W_k}, *slopes[] = {slope_q, slope_k}, *means[] = {means_q, means_k};
     const real *features[] = {Q, K}, *gradients[] = {d_Q, d_K};
     caller_memory.reset();
-    real* of_weights = caller_memory.zeros(s.workers * s.C * width);
+    real* of_weights = caller_memory.take(s.workers * s.C * width);
     shares.each([&](long worker, const auto& tiles) {
+        std::fill(of_weights + worker * s.C * width, of_weights + (worker + 1) * s.C * width, real(0));
         real *x = worker_memory.take(s.C * T), *d_tile = worker_memory.take(s.C * T);
         real *y = worker_memory.take(s.D * T), *d_y = worker_memory.take(s.D * T);
         real* turned = worker_memory.zeros(T * width);
-        tiles([&](const Segment& part, long first) {
-            long b = part.image;
-            load(d_x + b * s.C * s.n, s.C, s.n, first, d_tile, T);
+        std::vector<Lookup> lookup(T / LANES);
+        tiles([&](const Tile& tile) {
+            long b = tile.part.image;
+            for (long t = 0; t < tile.count; t += LANES)
+                lookup[t / LANES] = Lookup(landmark_of + tile.first + t, std::min(LANES, tile.count - t), s.m);
             for (long side = 0; side < 2; side++) {
-                load(gradients[side] + b * s.D * s.n, s.D, s.n, first, d_y, T);
-                if (slopes[side]) load(features[side] + b * s.D * s.n, s.D, s.n, first, y, T);
+                load(tile.of(gradients[side], s.D, s.n), d_y, T);
+                if (slopes[side]) load(tile.of(features[side], s.D, s.n), y, T);
                 for (long row = 0; row < s.D; row++) {
                     const real* mean = means[side] + (b * s.D + row) * s.m;
-                    for (long t = 0; t < std::min(T, s.n - first); t++)
-                        d_y[row * T + t] += mean[landmark_of[first + t]];
+                    for (long t = 0; t < tile.count; t += LANES) at(d_y + row * T + t) += lookup[t / LANES](mean);
                     for (long t = row * T; slopes[side] && t < (row + 1) * T; t += LANES)
                         at(d_y + t) += slopes[side][row] * at(y + t);
                 }
-                product<true>(s.C, T, s.D, W[side], s.C, d_y, T, d_tile, T, Start::target);
+                product<true>(s.C, T, s.D, W[side], s.C, d_y, T, d_tile, T, side ? Start::target : Start::zero);
                 transpose(d_y, s.D, turned + side * deep, width, T);
             }
-            load(X + b * s.C * s.n, s.C, s.n, first, x, T);
+            load(tile.of(X, s.C, s.n), x, T);
             product<false>(s.C, width, T, x, T, turned, width, of_weights + worker * s.C * width, width,
                            Start::target);
-            store(d_tile, s.C, s.n, first, d_x + b * s.C * s.n, T);
+            add(d_tile, tile.of(d_x, s.C, s.n), T);
         });
     });
     long blocks = deep / LANES;
@@ -772,31 +899,60 @@ void times_at_landmarks(const Shape* shape, const real* W, long of_rows, long na
 // The gradient of such a weight, (C, C), from that of one side and the other side.
 void times_at_landmarks_backward(const Shape* shape, const real* wide, const real* narrow, long of_rows, real* d_W) {
     const Shape& s = *shape;
-    long c = s.C / s.groups, rows = of_rows ? c : s.C, columns = of_rows ? s.C : c, width = padded(columns);
-    const long block = 32;
-    const real *left = of_rows ? narrow : wide, *right = of_rows ? wide : narrow;
-    long between = of_rows ? s.m : s.groups * s.m;  // rows of `left`
+    long c = s.C / s.groups, width = padded(c), units = s.B * s.groups;
+    long block = std::max(ROWS, std::min(128L, s.C * s.groups / s.workers / ROWS * ROWS));  // rows, of `wide`
     caller_memory.reset();
-    real* turned = caller_memory.zeros(s.B * s.groups * s.m * width);  // B, groups, m, columns
+    real* turned = caller_memory.take(units * s.m * width);  // B, groups, m, c
     each_worker(s.workers, [&](long worker) {
-        for (long i = s.B * s.groups * worker / s.workers; i < s.B * s.groups * (worker + 1) / s.workers; i++)
-            transpose(right + place_of(s, !of_rows, i / s.groups, i % s.groups, 0), columns, s.m,
-                      of_rows ? s.groups * s.m : s.m, turned + i * s.m * width, width);
+        for (long i = units * worker / s.workers; i < units * (worker + 1) / s.workers; i++)
+            transpose(narrow + i * c * s.m, c, s.m, s.m, turned + i * s.m * width, width);
     });
-    long blocks = (rows + block - 1) / block * s.groups;
+    long blocks = (s.C + block - 1) / block * s.groups;
     each_worker(s.workers, [&](long worker) {
         real* total = worker_memory.take(block * width);
         for (long i = blocks * worker / s.workers; i < blocks * (worker + 1) / s.workers; i++) {
-            long g = i % s.groups, first = i / s.groups * block, count = std::min(block, rows - first);
+            long g = i % s.groups, first = i / s.groups * block, count = std::min(block, s.C - first);
             for (long b = 0; b < s.B; b++)
-                product<false>(count, width, s.m, left + place_of(s, of_rows, b, g, first), between,
+                product<false>(count, width, s.m, wide + place_of(s, false, b, g, first), s.groups * s.m,
                                turned + (b * s.groups + g) * s.m * width, width, total, width,
                                b ? Start::target : Start::zero);
-            for (long row = 0; row < count; row++)
-                std::memcpy(d_W + (of_rows ? (g * c + first + row) * s.C : (first + row) * s.C + g * c),
-                            total + row * width, columns * sizeof(real));
+            if (of_rows) transpose(total, count, c, width, d_W + g * c * s.C + first, s.C);
+            for (long row = 0; row < count && !of_rows; row++)
+                std::memcpy(d_W + (first + row) * s.C + g * c, total + row * width, c * sizeof(real));
         }
     });
+}
+
+// A step of Gauss and Jordan's elimination, in place, with `LANES` pivots from `first` on, in rows (m, width):
+// these columns become those of the inverse.
+static void invert_columns(long m, long first, real* rows, long width, real* factors, real* pivots) {
+    long count = std::min(LANES, m - first);
+    vec block[LANES];  // of the pivots, alone: elimination one by one
+    for (long i = 0; i < count; i++) block[i] = at(rows + (first + i) * width + first);
+    for (long k = 0; k < count; k++) {
+        real scale = 1 / block[k][k];
+        block[k][k] = 1;
+        block[k] *= scale;
+        for (long i = 0; i < count; i++) {
+            if (i == k) continue;
+            real factor = block[i][k];
+            block[i][k] = 0;
+            block[i] -= factor * block[k];
+        }
+    }
+    // The rows of the pivots, times the block's inverse, which stands in the block's place; then all other rows.
+    real* own = rows + first * width;
+    for (long i = 0; i < count; i++) at(factors + i * LANES) = block[i];
+    product<false>(count, width, count, factors, LANES, own, width, pivots, width);
+    std::memcpy(own, pivots, count * width * sizeof(real));
+    for (long i = 0; i < count; i++) at(own + i * width + first) = block[i];
+    for (long row = 0; row < m; row++) {
+        bool pivot = row >= first && row < first + count;
+        vec& entries = at(rows + row * width + first);
+        at(factors + row * LANES) = pivot ? vec{} : -entries;
+        if (!pivot) entries = vec{};
+    }
+    product<false>(m, width, count, factors, LANES, own, width, rows, width, Start::target);
 }
 
 // The inverse of B * groups matrices (m, m), diagonally dominant by rows: elimination needs no pivots there.
@@ -804,22 +960,12 @@ void inverse(const Shape* shape, const real* systems, real* inverses) {
     const Shape& s = *shape;
     long wide = padded(s.m), count = s.B * s.groups;
     each_worker(s.workers, [&](long worker) {
-        real* rows = worker_memory.zeros(s.m * wide);
+        real *rows = worker_memory.zeros(s.m * wide), *factors = worker_memory.take(s.m * LANES);
+        real* pivots = worker_memory.take(LANES * wide);
         for (long i = count * worker / s.workers; i < count * (worker + 1) / s.workers; i++) {
             for (long row = 0; row < s.m; row++)
                 std::memcpy(rows + row * wide, systems + (i * s.m + row) * s.m, s.m * sizeof(real));
-            for (long k = 0; k < s.m; k++) {  // Gauss and Jordan, in place: column k becomes that of the inverse
-                real *pivot = rows + k * wide, scale = 1 / pivot[k];
-                pivot[k] = 1;
-                for (long j = 0; j < wide; j += LANES) at(pivot + j) *= scale;
-                for (long row = 0; row < s.m; row++) {
-                    if (row == k) continue;
-                    real* target = rows + row * wide;
-                    real factor = target[k];
-                    target[k] = 0;
-                    for (long j = 0; j < wide; j += LANES) at(target + j) -= factor * at(pivot + j);
-                }
-            }
+            for (long first = 0; first < s.m; first += LANES) invert_columns(s.m, first, rows, wide, factors, pivots);
             for (long row = 0; row < s.m; row++)
                 std::memcpy(inverses + (i * s.m + row) * s.m, rows + row * wide, s.m * sizeof(real));
         }
@@ -827,9 +973,9 @@ void inverse(const Shape* shape, const real* systems, real* inverses) {
 }
 
 // From the left by squares (B, groups, m, m), or their transposes; of `from` and `to`, (B, groups, c, m), the right.
-void times_squares(const Shape* shape, const real* squares, long transposed, const real* from, real* to) {
+void times_squares(const Shape* shape, const real* squares, long transposed, const real* from, long c, real* to) {
     const Shape& s = *shape;
-    long c = s.C / s.groups, wide = padded(s.m), count = s.B * s.groups;
+    long wide = padded(s.m), count = s.B * s.groups;
     each_worker(s.workers, [&](long worker) {
         real *square = worker_memory.zeros(s.m * wide), *rows = worker_memory.take(c * wide);
         for (long i = count * worker / s.workers; i < count * (worker + 1) / s.workers; i++) {

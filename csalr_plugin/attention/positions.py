@@ -24,25 +24,27 @@ class Plan(NamedTuple):
     keeps_gathered: bool  # so is what is gathered, S_mn X^T; where `value` acts on positions, S_mn V^T and V always are
     keeps_values: bool  # and E
     keeps_fused: bool  # and what `fuse` made of Z
+    differentiable: bool  # whether a backward pass may follow
     images: int  # computed at a time, in tensor operations
 
 
-def plan(batch: int, channels: int, n: int, m: int, groups: int, device: torch.device) -> Plan:
+def plan(batch: int, channels: int, n: int, m: int, groups: int, device: torch.device, differentiable: bool) -> Plan:
     """The plan for `batch` maps of `channels` by n positions with m landmarks, from the shapes alone.
 
-    Kept is what saves the most multiplications a number, V first of all, up to about a seventh of what a ResNet keeps;
-    two groups, the default, leave room for the most.
+    Kept is, with V, what costs many multiplications a number to compute again: the fewer, the less else is kept.
     """
     landmark_cost = groups * n * m * channels + m * channels**2
     position_cost = n * channels**2 + n * m * channels
-    # More of what is done at landmarks is computed again in the backward pass.
-    at_landmarks = landmark_cost <= 0.75 * position_cost
+    # In training V has to be written, kept and read, too.
+    at_landmarks = landmark_cost <= (1.12 if differentiable else 1) * position_cost
+    worth = 200 if at_landmarks and groups > 1 else 512  # one group, and V, leave the least room
     return Plan(
         at_landmarks=at_landmarks,
-        keeps_projections=channels >= 512 or groups == 2,
-        keeps_gathered=not at_landmarks or n > 512,
-        keeps_values=not at_landmarks or channels > 512 or groups == 2,
-        keeps_fused=at_landmarks and groups == 2,
+        keeps_projections=channels >= worth,
+        keeps_gathered=not at_landmarks or n >= worth,
+        keeps_values=not at_landmarks or channels > worth,
+        keeps_fused=at_landmarks and groups > 1 and channels >= groups * worth,
+        differentiable=differentiable,
         # 8 MiB of x in fp32, and a power of two, which threads share out evenly.
         images=2 ** max(0, (2**21 // (channels * n)).bit_length() - 1) if device.type == "cpu" else batch,
     )
@@ -52,7 +54,7 @@ class Gathered(NamedTuple):
     """What S_mn brings together from the positions."""
 
     rows: Tensor  # S_mn X^T, (B, groups, m, C); or E = S_mn V^T, (B, groups, m, c)
-    V: Tensor | None  # (B, C, n), of the latter
+    V: Tensor | None  # (B, C, n), of the latter, for the backward pass
     log_sum: Tensor | None  # (B, groups, m), of each row in the softmax of S_mn, where it saves computing that again
 
 
@@ -170,9 +172,9 @@ class Positions:
         """Of each of the diagonally dominant S_mm + I of Eq. 16, (B, groups, m, m)."""
         return inverse_of_dominant(systems)
 
-    def times_inverse(self, inverse: Tensor, rows: Tensor, *, transposed: bool = False) -> Tensor:
-        """``inverse rows``, or by its transpose, of (B, groups, m, m) and (B, groups, m, c)."""
-        return (inverse.mT if transposed else inverse) @ rows
+    def times_squares(self, squares: Tensor, rows: Tensor, *, transposed: bool = False) -> Tensor:
+        """``squares rows``, or by the transpose, of (B, groups, m, m) and (B, groups, m, any)."""
+        return (squares.mT if transposed else squares) @ rows
 
     def values(self, rows: Tensor, W_v: Tensor) -> Tensor:
         """E before normalisation and bias, (B, groups, m, c) in fp32 at least, from S_mn X^T."""
