@@ -236,10 +236,14 @@ def softmax(logits: Tensor, dim: int = -1) -> Tensor:
 
 
 def logit_scale(queries: Tensor, keys: Tensor) -> Tensor:
-    """A factor for one side of a dot product so that no logit overflows fp32; exactly 1 in any sane network.
+    """:func:`logit_guard` of two tensors."""
+    return logit_guard(*(torch.linalg.vector_norm(side.detach(), float("inf")) for side in (queries, keys)))
 
-    It is below 1 only beyond 1e17, where a softmax is a hard maximum in any precision.
+
+def logit_guard(largest_query: Tensor, largest_key: Tensor) -> Tensor:
+    """A factor for one side of a dot product so that no logit overflows fp32, from bounds on both sides; all scalars.
+
+    It is exactly 1 in any sane network; below 1 only beyond 1e17, where a softmax is a hard maximum in any precision.
     """
     limit = 1e17
-    largest = [torch.linalg.vector_norm(side.detach(), float("inf")) for side in (queries, keys)]
-    return (limit / largest[0].clamp(min=limit)) * (limit / largest[1].clamp(min=limit))
+    return (limit / largest_query.clamp(min=limit)) * (limit / largest_key.clamp(min=limit))

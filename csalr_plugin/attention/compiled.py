@@ -1,4 +1,4 @@
-"""The passes over n positions in C++, for fp32 and fp64 on a CPU: `positions.cpp`, compiled when first needed."""
+"""What `positions` does, in C++ for fp32 and fp64 on a CPU: `positions.cpp`, compiled when first needed."""
 
 from __future__ import annotations
 
@@ -17,7 +17,16 @@ from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from csalr_plugin.attention.landmarks import LandmarkGrid
-from csalr_plugin.attention.positions import Gathered, Plan, Positions, ProjectionGradient, Spread, SpreadGradients
+from csalr_plugin.attention.positions import (
+    Gathered,
+    LandmarkGradients,
+    Landmarks,
+    Plan,
+    Positions,
+    ProjectionGradient,
+    Spread,
+    SpreadGradients,
+)
 from csalr_plugin.errors import UserError, first_line
 
 SOURCE = Path(__file__).with_name("positions.cpp")
@@ -58,17 +67,41 @@ class CompiledPositions(Positions):
         """See :class:`Positions`."""
         if features.dtype is not self.X.dtype:
             return super().moments(features)
-        means, squares = self._new(features.shape[1]), self._new(features.shape[1])
-        self._call("moments", 0, 0, features, means.numel(), features.shape[2], means, squares)
-        return means, squares
+        _, channels, n = features.shape
+        means, deviations = (features.new_empty(channels) for _ in range(2))
+        self._call("moments", 0, 0, features, channels, n, means, deviations)
+        return means, deviations
 
-    def pool(self, features: Tensor) -> Tensor:
+    def landmarks(self, Q: Tensor, K: Tensor, scale_q: Tensor, offset_q: Tensor, scale_k: Tensor) -> Landmarks:
         """See :class:`Positions`."""
         assert self.grid is not None
-        pooled = self._new(features.shape[1], self.grid.m)
-        sizes = self.grid.sizes().flatten()
-        self._call("pool", features.shape[1], self.grid.m, features, self.landmark_of, sizes, pooled)
-        return pooled
+        D, m, groups = Q.shape[1], self.grid.m, self.groups
+        shapes = [(D // groups, m)] * 6 + [(1, m), (m, m)]
+        marks = Landmarks(*(self._new(groups, *shape) for shape in shapes))
+        for features, pooled in ((Q, marks.pooled_q), (K, marks.pooled_k)):
+            self._call("pool", D, m, features, self.landmark_of, self.grid.width, self.sizes, pooled)
+        self._call("landmarks", D, m, marks.pooled_q, marks.pooled_k, scale_q, offset_q, scale_k, *marks[2:])
+        return marks
+
+    def landmarks_backward(
+        self,
+        marks: Landmarks,
+        affine: tuple[Tensor, Tensor, Tensor],
+        floor: float,
+        solved: tuple[Tensor, Tensor],
+        d_for_keys: Tensor,
+        spread: SpreadGradients,
+    ) -> LandmarkGradients:
+        """See :class:`Positions`."""
+        _, groups, d, m = marks.Q.shape
+        D = groups * d
+        shares = [self._new(D, m) for _ in range(2)]
+        vectors = [marks.Q.new_empty(D) for _ in range(3)]
+        inputs = (marks.pooled_q, marks.pooled_k, marks.Q, marks.K, marks.S_mm, *affine, self.sizes, floor)
+        narrow = (of_channels(one, False) for one in solved)
+        gradients = (*narrow, d_for_keys.mT, spread.for_queries.mT, spread.bias)
+        self._call("landmarks_backward", D, m, *inputs, *gradients, *shares, *vectors)
+        return LandmarkGradients(*shares, *vectors)
 
     def gather(self, K: Tensor, for_keys: Tensor, W_v: Tensor) -> Gathered:
         """See :class:`Positions`."""
@@ -79,18 +112,33 @@ class CompiledPositions(Positions):
         self._call("gather", K.shape[1], m, self.X, K, for_keys, W_v, V, rows, log_sum)
         return Gathered(of_landmarks(rows, self.way.at_landmarks), V, log_sum)
 
-    def inverse(self, systems: Tensor) -> Tensor:
+    def inverse(self, S_mm: Tensor, floor: float) -> Tensor:
         """See :class:`Positions`."""
-        inverses = torch.empty_like(systems)
-        self._call("inverse", 0, systems.shape[3], systems, inverses)
+        inverses = torch.empty_like(S_mm)
+        self._call("inverse", 0, S_mm.shape[3], S_mm, floor, inverses)
         return inverses
 
-    def times_squares(self, squares: Tensor, rows: Tensor, *, transposed: bool = False) -> Tensor:
+    def solve(self, inverse: Tensor, E: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
         """See :class:`Positions`."""
-        columns = of_channels(rows, False)  # B, groups, any, m
-        result = self._new(*columns.shape[1:])
-        self._call("times_squares", 0, rows.shape[2], squares, transposed, columns, columns.shape[2], result)
-        return result.mT
+        Z = self._narrow(E.shape[2])
+        self._call("solve", 0, E.shape[2], inverse, of_channels(E, False), scale, offset, Z)
+        return of_landmarks(Z, False)
+
+    def solve_backward(self, inverse: Tensor, E: Tensor, d_Z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """See :class:`Positions`."""
+        d_E, d_scale, d_offset = self._narrow(E.shape[2]), *(self.X.new_empty(self.X.shape[1]) for _ in range(2))
+        given = (inverse, of_channels(E, False), of_channels(d_Z, False))
+        self._call("solve_backward", 0, E.shape[2], *given, d_E, d_scale, d_offset)
+        return of_landmarks(d_E, False), d_scale, d_offset
+
+    def normalise_backward(
+        self, d: Tensor, E: Tensor, scale: Tensor, slope: Tensor | None, constant: Tensor | None
+    ) -> Tensor:
+        """See :class:`Positions`."""
+        d_E = self._narrow(E.shape[2])
+        given = (of_channels(d, False), of_channels(E, False), scale, slope, constant)
+        self._call("normalise_backward", 0, E.shape[2], *given, d_E)
+        return of_landmarks(d_E, False)
 
     def values(self, rows: Tensor, W_v: Tensor) -> Tensor:
         """See :class:`Positions`."""
@@ -165,9 +213,9 @@ class CompiledPositions(Positions):
         """See :class:`Positions`."""
         D = len(query.W)
         d_W = self.X.new_empty(2, D, self.X.shape[1])
-        weights, features, gradients, slopes, shares = zip(query, key, strict=True)
-        inputs = (*weights, *features, self.landmark_of, *slopes, *shares, *gradients)
-        self._call("project_backward", D, query.shares.shape[2], self.X, *inputs, d_x, d_W)
+        weights, features, *others = zip(query, key, strict=True)
+        inputs = (*weights, *features, self.landmark_of, *(one for pair in others for one in pair))
+        self._call("project_backward", D, query.share.shape[2], self.X, *inputs, d_x, d_W)
         d_W_q, d_W_k = d_W
         return d_W_q, d_W_k
 
@@ -204,7 +252,7 @@ class CompiledPositions(Positions):
         """Memory for (B, *shape)."""
         return self.X.new_empty(len(self.X), *shape)
 
-    def _call(self, name: str, D: int, m: int, *arguments: Tensor | int | None) -> None:
+    def _call(self, name: str, D: int, m: int, *arguments: Tensor | float | None) -> None:
         """Call function `name` of positions.cpp; C' is `D`. What it writes is among `arguments` and contiguous.
 
         Raises:
@@ -221,11 +269,16 @@ class CompiledPositions(Positions):
         sizes = (B, C, D, d, step, n, m, self.groups, self.way.at_landmarks, torch.get_num_threads())
         # Copies must live until the function returns.
         contiguous = [one.contiguous() if isinstance(one, Tensor) else one for one in arguments]
-        passed = [
-            ctypes.c_long(one) if isinstance(one, int) else ctypes.c_void_p(None if one is None else one.data_ptr())
-            for one in contiguous
-        ]
-        getattr(library(self.X.dtype), name)(ctypes.byref(Shape(*sizes)), *passed)
+        getattr(library(self.X.dtype), name)(ctypes.byref(Shape(*sizes)), *map(passed, contiguous))
+
+
+def passed(argument: Tensor | float | None) -> ctypes.c_long | ctypes.c_double | ctypes.c_void_p:
+    """As positions.cpp takes it: a whole number, a number, or a place in memory."""
+    if isinstance(argument, int):
+        return ctypes.c_long(argument)
+    if isinstance(argument, float):
+        return ctypes.c_double(argument)
+    return ctypes.c_void_p(None if argument is None else argument.data_ptr())
 
 
 def positions_of(x: Tensor, grid: LandmarkGrid | None, groups: int, way: Plan, dtype: torch.dtype) -> Positions:

@@ -20,15 +20,23 @@ class LandmarkGrid:
     """
 
     def __init__(self, height: int, width: int, landmarks: tuple[int, int], device: torch.device) -> None:
-        self.height, self.width = height, width
+        self.height, self.width, self.device = height, width, device
         self.rows, self.columns = min(landmarks[0], height), min(landmarks[1], width)
-        self.row_of = torch.arange(height, device=device) * self.rows // height  # H
-        self.column_of = torch.arange(width, device=device) * self.columns // width  # W
 
     @property
     def m(self) -> int:
         """Number of landmarks."""
         return self.rows * self.columns
+
+    @property
+    def row_of(self) -> Tensor:
+        """The landmarks' row of each row of the map, (H,)."""
+        return torch.arange(self.height, device=self.device) * self.rows // self.height
+
+    @property
+    def column_of(self) -> Tensor:
+        """The same of columns, (W,)."""
+        return torch.arange(self.width, device=self.device) * self.columns // self.width
 
     def pool(self, features: Tensor) -> Tensor:
         """Mean of each landmark's members: (..., C, H*W) -> (..., C, m)."""
@@ -42,21 +50,21 @@ class LandmarkGrid:
         image = features.reshape(*lead, self.height, self.width)
         return (down @ image @ across.mT).flatten(-2)  # ..., C, m
 
+    @property
     def sizes(self) -> Tensor:
-        """Positions of each landmark, (H', W')."""
-        rows, columns = (torch.arange(parts, device=self.row_of.device) for parts in (self.rows, self.columns))
-        return torch.outer(
-            (self.row_of[:, None] == rows).sum(0),
-            (self.column_of[:, None] == columns).sum(0),
-        )
+        """Positions of each landmark, (m,)."""
+        rows, columns = (torch.arange(parts, device=self.device) for parts in (self.rows, self.columns))
+        heights, widths = (self.row_of[:, None] == rows).sum(0), (self.column_of[:, None] == columns).sum(0)
+        return torch.outer(heights, widths).flatten()
 
+    @property
     def landmark_of(self) -> Tensor:
         """The landmark of each position, (H*W,)."""
         return (self.row_of[:, None] * self.columns + self.column_of).flatten()
 
     def membership(self, dtype: torch.dtype) -> Tensor:
         """P of Eq. 15: (H*W, m), 1 where the position lies in the landmark's patch and 0 elsewhere."""
-        return (self.landmark_of()[:, None] == torch.arange(self.m, device=self.row_of.device)).to(dtype)
+        return (self.landmark_of[:, None] == torch.arange(self.m, device=self.device)).to(dtype)
 
     def _averaging(self, part_of: Tensor, parts: int, dtype: torch.dtype) -> Tensor:
         members = (part_of == torch.arange(parts, device=part_of.device)[:, None]).to(dtype)  # parts, size

@@ -13,21 +13,20 @@ What is done about the cost, each of it exact:
 - Where groups are few, `value` acts on the m rows of S_mn X^T and `fuse` on the m rows of Z, in place of n
   positions. :func:`plan` counts which is less.
 - A constant added to a row of logits leaves its softmax as it is, so the bias and the shift of `key` drop out.
-- What happens at n positions, and the products with weights, are the passes of `csalr_plugin.attention.positions`; on
-  a CPU those of `csalr_plugin.attention.compiled`, which never write a map to memory.
+- What happens at n positions and m landmarks are the passes of `csalr_plugin.attention.positions`; on a CPU those of
+  `csalr_plugin.attention.compiled`, which never write a map of n positions to memory.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from csalr_plugin.attention.batch_norm import over_processes, sum_over_processes, world_size
-from csalr_plugin.attention.block import softmax_backward, split
+from csalr_plugin.attention.block import logit_guard
 from csalr_plugin.attention.compiled import Output, positions_of
 from csalr_plugin.attention.landmarks import LandmarkGrid
 from csalr_plugin.attention.positions import Gathered, Plan, Positions, ProjectionGradient, Spread, no_autocast
@@ -88,12 +87,13 @@ class LowRankAttention(torch.autograd.Function):
             Q, K = positions.project(W_q, W_k)  # B, C', n
             normal_q = Normalisation.over(positions, Q, gain_q, shift_q, eps, everywhere)
             normal_k = Normalisation.over(positions, K, gain_k, torch.zeros_like(gain_k), eps, everywhere)
-            marks = Landmarks.of(Q, K, normal_q, normal_k, positions)
+            guard = logit_guard(normal_q.largest(Q), normal_k.largest(K))
+            marks = positions.landmarks(Q, K, normal_q.scale, normal_q.offset, normal_k.scale * guard)
             gathered = positions.gather(K, marks.for_keys, W_v)
             E = positions.values(gathered.rows, W_v) if way.at_landmarks else gathered.rows  # B, groups, m, c
             normal_v = Normalisation.over(positions, E.mT.flatten(1, 2), gain_v, shift_v, eps, everywhere)
-            inverse = positions.inverse(raise_diagonal(marks.S_mm, floor))  # B, groups, m, m
-            Z = positions.times_squares(inverse, normal_v.apply(E))  # B, groups, m, c
+            inverse = positions.inverse(marks.S_mm, floor)  # B, groups, m, m
+            Z = positions.solve(inverse, E, normal_v.scale, normal_v.offset)  # B, groups, m, c
             source = fuse_at_landmarks(positions, Z, W_f, b_f)  # B, groups, m, C or c
             W, b = (None, None) if way.at_landmarks else (W_f, b_f)
             out, mean = positions.spread(Spread(Q, marks.for_queries, marks.bias, source, W, b, alpha), pooled)
@@ -126,11 +126,13 @@ class LowRankAttention(torch.autograd.Function):
             normal_q = Normalisation(gain_q, shift_q, mean_q, variance_q, eps, images * n, everywhere)
             normal_k = Normalisation(gain_k, torch.zeros_like(gain_k), mean_k, variance_k, eps, images * n, everywhere)
             normal_v = Normalisation(gain_v, shift_v, mean_e, variance_e, eps, images * grid.m, everywhere)
-            marks = Landmarks.of(Q, K, normal_q, normal_k, positions)
+            guard = logit_guard(normal_q.largest(Q), normal_k.largest(K))
+            affine = normal_q.scale, normal_q.offset, normal_k.scale * guard
+            marks = positions.landmarks(Q, K, *affine)
             gathered = Gathered(*kept) if way.keeps_gathered else positions.gather(K, marks.for_keys, W_v)
             if E is None:
                 E = positions.values(gathered.rows, W_v) if way.at_landmarks else gathered.rows
-            Z = positions.times_squares(inverse, normal_v.apply(E))
+            Z = positions.solve(inverse, E, normal_v.scale, normal_v.offset)
             if source is None:
                 source = fuse_at_landmarks(positions, Z, W_f, b_f)
 
@@ -144,9 +146,9 @@ class LowRankAttention(torch.autograd.Function):
             d_Z, d_W_f, d_b_f = spread.source, spread.W_f, spread.b_f
             if way.at_landmarks and W_f is not None:
                 d_Z, d_W_f, d_b_f = positions.fuse_backward(spread.source, Z, W_f)
-            d_E = positions.times_squares(inverse, d_Z, transposed=True)  # B, groups, m, c
-            d_S_mm = raise_diagonal_backward(-(d_E @ Z.mT), marks.S_mm, floor)
-            d_rows, d_gain_v, d_shift_v = normal_v.backward(d_E, E)
+            d_E, d_scale_v, d_offset_v = positions.solve_backward(inverse, E, d_Z)  # normalised E: B, groups, m, c
+            d_gain_v, d_shift_v, slope_v, constant_v = normal_v.backward(d_scale_v, d_offset_v)
+            d_rows = positions.normalise_backward(d_E, E, normal_v.scale, slope_v, constant_v)
             d_W_v = None
             if way.at_landmarks:
                 d_rows, d_W_v = positions.values_backward(d_rows, gathered.rows, W_v)
@@ -156,21 +158,14 @@ class LowRankAttention(torch.autograd.Function):
             d_W_v = d_W if d_W_v is None else d_W_v
 
             # Q and K.
-            d_pooled_q, d_pooled_k, d_scale_q, d_offset_q, d_scale_k = marks.backward(
-                positions, normal_q, normal_k, d_for_keys, spread.for_queries, spread.bias, d_S_mm
-            )
-            d_gain_q, d_shift_q, slope_q, constant_q = normal_q.backward_parameters(d_scale_q, d_offset_q)
-            d_gain_k, _no_shift, slope_k, constant_k = normal_k.backward_parameters(
-                d_scale_k, torch.zeros_like(d_scale_k)
-            )
-            sizes = grid.sizes().flatten()  # m
-            shares_q, shares_k = d_pooled_q / sizes, d_pooled_k / sizes  # B, C', m
-            if constant_q is not None and constant_k is not None:
-                shares_q, shares_k = shares_q + constant_q[:, None], shares_k + constant_k[:, None]
+            d_marks = positions.landmarks_backward(marks, affine, floor, (Z, d_E), d_for_keys, spread)
+            d_gain_q, d_shift_q, slope_q, constant_q = normal_q.backward(d_marks.scale_q, d_marks.offset_q)
+            no_offset = torch.zeros_like(d_marks.scale_k)
+            d_gain_k, _no_shift, slope_k, constant_k = normal_k.backward(d_marks.scale_k * guard, no_offset)
             d_W_q, d_W_k = positions.project_backward(
                 spread.x,
-                ProjectionGradient(W_q, Q, spread.Q, slope_q, shares_q),
-                ProjectionGradient(W_k, K, d_K, slope_k, shares_k),
+                ProjectionGradient(W_q, Q, spread.Q, slope_q, constant_q, d_marks.share_q),
+                ProjectionGradient(W_k, K, d_K, slope_k, constant_k, d_marks.share_k),
             )
         d_x, d_alpha = spread.x.to(x.dtype).view_as(x), spread.alpha
         return (
@@ -214,14 +209,10 @@ class Normalisation:
 
         `everywhere`: of the features of all processes.
         """
-        each_count = features.shape[2]
-        count = len(features) * each_count
+        count = len(features) * features.shape[2]
         if eps is None:
             return cls(gain, shift, None, None, None, count, everywhere)
-        # Each image's own mean first (Chan et al., 1979): the difference of two large sums would lose digits.
-        each, squares = positions.moments(features)  # B, channels
-        mean = each.mean(0)
-        deviations = (squares + each_count * (each - mean).square()).sum(0)
+        mean, deviations = positions.moments(features)
         if everywhere:
             mean, deviations, count = over_processes(mean, deviations, count)
         return cls(gain, shift, mean, deviations / count, eps, count, everywhere)
@@ -233,28 +224,7 @@ class Normalisation:
         low, high = torch.aminmax(features)
         return (torch.maximum(-low, high).to(self.scale.dtype) * self.scale.abs() + self.offset.abs()).amax()
 
-    def apply(self, E: Tensor) -> Tensor:
-        """(B, groups, m, c), whose channels are groups x c -> the same shape."""
-        scale, offset = (one.view(E.shape[1], 1, -1) for one in (self.scale, self.offset))  # groups, 1, c
-        return (E * scale).add_(offset)
-
-    def backward(self, d_E: Tensor, E: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """From the gradient of `apply`, (B, groups, m, c), to those of E, gain and shift."""
-        per_channel = (E.shape[1], 1, E.shape[3])
-        d_scale, d_offset = (one.sum(2).sum(0).flatten() for one in (d_E * E, d_E))
-        d_gain, d_shift, slope, constant = self.backward_parameters(d_scale, d_offset)
-        scale = self.scale.view(per_channel)
-        if slope is None or constant is None:
-            return d_E * scale, d_gain, d_shift
-        return (
-            (E * slope.view(per_channel)).add_(constant.view(per_channel)).addcmul_(d_E, scale),
-            d_gain,
-            d_shift,
-        )
-
-    def backward_parameters(
-        self, d_scale: Tensor, d_offset: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    def backward(self, d_scale: Tensor, d_offset: Tensor) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
         """Gradients of gain and shift, and (slope, constant): what each feature's gradient gets through mean and
         variance is ``slope * feature + constant``. All (channels,)."""
         if self.inverse_deviation is None or self.mean is None:
@@ -269,92 +239,8 @@ class Normalisation:
         return d_gain, d_shift, slope, d_mean / self.count - slope * self.mean
 
 
-class Landmarks(NamedTuple):
-    """What is computed from the patch means of Q and K; (B, groups, C'/groups, m) and in fp32 at least."""
-
-    pooled_q: Tensor  # of raw Q
-    pooled_k: Tensor
-    Q: Tensor  # Q', normalised
-    K: Tensor  # K', normalised but for the shift, which no softmax sees
-    for_keys: Tensor  # times raw K: the logits of S_mn
-    for_queries: Tensor  # times raw Q, plus `bias`: the logits of S_nm
-    bias: Tensor  # (B, groups, 1, m)
-    S_mm: Tensor  # (B, groups, m, m)
-    guard: Tensor  # scalar, 1 in any sane network: keeps logits within fp32
-
-    @classmethod
-    def of(
-        cls, Q: Tensor, K: Tensor, normal_q: Normalisation, normal_k: Normalisation, positions: Positions
-    ) -> Landmarks:
-        """From raw Q and K, (B, C', n).
-
-        The guard is below 1 only beyond 1e17, where a softmax is a hard maximum in any precision.
-        """
-        limit = 1e17
-        guard = (limit / normal_q.largest(Q).clamp(min=limit)) * (limit / normal_k.largest(K).clamp(min=limit))
-        groups = positions.groups
-        pooled_q, pooled_k = (split(positions.pool(one).to(guard.dtype), groups) for one in (Q, K))
-        scale_q, offset_q, scale_k = per_group(groups, normal_q.scale, normal_q.offset, normal_k.scale)
-        Q = pooled_q * scale_q + offset_q
-        K = pooled_k * scale_k * guard
-        bias = (K * offset_q).sum(2, keepdim=True)
-        S_mm = (Q.mT @ K).softmax(3)
-        return cls(pooled_q, pooled_k, Q, K, Q * scale_k * guard, K * scale_q, bias, S_mm, guard)
-
-    def backward(
-        self,
-        positions: Positions,
-        normal_q: Normalisation,
-        normal_k: Normalisation,
-        d_for_keys: Tensor,
-        d_for_queries: Tensor,
-        d_bias: Tensor,
-        d_S_mm: Tensor,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """Gradients of pooled Q and K, (B, C', m), and of Q's scale and offset and K's scale, (C',)."""
-        scale_q, offset_q, scale_k = per_group(self.Q.shape[1], normal_q.scale, normal_q.offset, normal_k.scale)
-        d_logits = softmax_backward(d_S_mm, self.S_mm, 3)
-        through_Q = positions.times_squares(d_logits, self.K.mT).mT
-        through_K = positions.times_squares(d_logits, self.Q.mT, transposed=True).mT
-        d_Q = through_Q + d_for_keys * scale_k * self.guard
-        d_K = (through_K + d_for_queries * scale_q + d_bias * offset_q) * self.guard
-        d_scale_q = (d_for_queries * self.K + d_Q * self.pooled_q).sum((0, 3)).flatten()
-        d_scale_k = (d_for_keys * self.Q * self.guard + d_K * self.pooled_k).sum((0, 3)).flatten()
-        d_offset_q = (d_bias * self.K + d_Q).sum((0, 3)).flatten()
-        return (d_Q * scale_q).flatten(1, 2), (d_K * scale_k).flatten(1, 2), d_scale_q, d_offset_q, d_scale_k
-
-
-# m landmarks
-
-
-def raise_diagonal(S_mm: Tensor, floor: float) -> Tensor:
-    """A_mm of Eq. 16, S_mm + I, with S_ii raised to `floor`; its rows still sum to 2."""
-    own = S_mm.diagonal(dim1=-2, dim2=-1)[..., None]  # B, groups, m, 1
-    raised = (floor - own).clamp(min=0) / (1 - own.clamp(max=floor))  # share given to the landmark itself
-    return S_mm * (1 - raised) + torch.diag_embed((1 + raised).squeeze(-1))
-
-
-def raise_diagonal_backward(gradient: Tensor, S_mm: Tensor, floor: float) -> Tensor:
-    """The gradient of S_mm from that of :func:`raise_diagonal`."""
-    own = S_mm.diagonal(dim1=-2, dim2=-1)[..., None]  # B, groups, m, 1
-    low = own.clamp(max=floor)
-    raised = (floor - own).clamp(min=0) / (1 - low)
-    d_raised = gradient.diagonal(dim1=-2, dim2=-1)[..., None] - (gradient * S_mm).sum(-1, keepdim=True)
-    # raised = (floor - own) / (1 - own) below the floor.
-    d_own = d_raised * torch.where(own < floor, (floor - 1) / (1 - low).square(), 0.0)
-    return gradient * (1 - raised) + torch.diag_embed(d_own.squeeze(-1))
-
-
-# Small tools
-
-
 def fuse_at_landmarks(positions: Positions, Z: Tensor, W_f: Tensor | None, b_f: Tensor | None) -> Tensor:
     """What S_nm + P spreads: fused Z, (B, groups, m, C), or Z where `fuse` is not or acts on positions."""
     if not positions.way.at_landmarks or W_f is None or b_f is None:
         return Z.to(positions.dtype)
     return positions.fuse(Z, W_f, b_f)
-
-
-def per_group(groups: int, *vectors: Tensor) -> Iterator[Tensor]:
-    """(C',) each -> (groups, C'/groups, 1) each."""
-    return (vector.view(groups, -1, 1) for vector in vectors)

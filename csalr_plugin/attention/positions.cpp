@@ -1,4 +1,4 @@
-// What CSALR does at n positions, on a CPU: the loops of positions.py over tiles that stay in the cache.
+// What CSALR does at n positions and m landmarks, on a CPU: positions.py as loops over tiles that stay in the cache.
 //
 // A tile is some 100 to 200 neighbouring positions of one image. All that a pass does at them, products with the m
 // landmarks, softmax, gate and residual, is done before the next tile is read; so no map is ever written to memory, and
@@ -394,6 +394,22 @@ void add_up_workers(const Shape& s, const real* parts, long rows, long width, lo
     });
 }
 
+// (rows, columns) -> (columns, width), as `transpose`, by all workers.
+real* turned_weight(const Shape& s, const real* W, long rows, long columns, real* turned, long width) {
+    each_worker(s.workers, [&](long worker) {
+        long first = columns * worker / s.workers, count = columns * (worker + 1) / s.workers - first;
+        transpose(W + first, rows, count, columns, turned + first * width, width);
+    });
+    return turned;
+}
+
+// target (columns,): the sum over images of `parts`, (B, columns).
+void add_up_images(long images, long columns, const real* parts, real* target) {
+    std::memcpy(target, parts, columns * sizeof(real));
+    for (long b = 1; b < images; b++)
+        for (long j = 0; j < columns; j++) target[j] += parts[b * columns + j];
+}
+
 // What group g adds its gradient of queries or keys to: nothing, or what the groups before it wrote to these channels.
 Start start_of_group(const Shape& s, long g) { return g && !s.step ? Start::target : Start::zero; }
 
@@ -458,40 +474,52 @@ void project(const Shape* shape, const real* X, const real* W_q, const real* W_k
     });
 }
 
-// The mean of each landmark's positions: features (B, D, n), landmark_of (n,), sizes (m,) -> pooled (B, D, m).
-void pool(const Shape* shape, const real* features, const int64_t* landmark_of, const int64_t* sizes, real* pooled) {
+// The mean of each landmark's positions: features (B, D, n), landmark_of (n,) of maps as wide as `width`, sizes (m,)
+// -> pooled (B, D, m).
+void pool(const Shape* shape, const real* features, const int64_t* landmark_of, long width, const int64_t* sizes,
+          real* pooled) {
     const Shape& s = *shape;
-    constexpr long together = 8;  // rows: sums that follow each other in one row would wait for each other
-    long rows = s.B * s.D, blocks = (rows + together - 1) / together;
-    std::fill(pooled, pooled + rows * s.m, real(0));
+    long rows = s.B * s.D;
     each_worker(s.workers, [&](long worker) {
-        for (long block = blocks * worker / s.workers; block < blocks * (worker + 1) / s.workers; block++) {
-            long first = block * together, count = std::min(together, rows - first);
-            for (long t = 0; t < s.n; t++)
-                for (long row = first; row < first + count; row++)
-                    pooled[row * s.m + landmark_of[t]] += features[row * s.n + t];
-            for (long row = first; row < first + count; row++)
-                for (long k = 0; k < s.m; k++) pooled[row * s.m + k] /= sizes[k];
+        real* band = worker_memory.take(padded(width));  // lines of the map whose landmarks are the same, added up
+        for (long row = rows * worker / s.workers; row < rows * (worker + 1) / s.workers; row++) {
+            const real* from = features + row * s.n;
+            real* to = pooled + row * s.m;
+            std::fill(to, to + s.m, real(0));
+            for (long line = 0, end; line < s.n; line = end) {
+                std::fill(band, band + width, real(0));
+                for (end = line; end < s.n && landmark_of[end] == landmark_of[line]; end += width)
+                    for (long t = 0; t < width; t++) band[t] += from[end + t];
+                for (long t = 0; t < width; t++) to[landmark_of[line + t]] += band[t];
+            }
+            for (long k = 0; k < s.m; k++) to[k] /= sizes[k];
         }
     });
 }
 
-// Mean, and sum of squares about it, of each of `rows` rows of features, (rows, n).
-void moments(const Shape* shape, const real* features, long rows, long n, real* means, real* squares) {
+// The mean of each channel, and the sum of squares about it: features (B, channels, n) -> (channels,) each.
+void moments(const Shape* shape, const real* features, long channels, long n, real* means, real* deviations) {
     const Shape& s = *shape;
+    long whole_registers = n / LANES * LANES;
     each_worker(s.workers, [&](long worker) {
-        for (long row = rows * worker / s.workers; row < rows * (worker + 1) / s.workers; row++) {
-            const real* from = features + row * n;
-            long whole_registers = n / LANES * LANES;
-            vec total{}, square{};
-            for (long t = 0; t < whole_registers; t += LANES) total += at(from + t);
-            real mean = sum(total);
-            for (long t = whole_registers; t < n; t++) mean += from[t];
-            mean /= n;
-            for (long t = 0; t < whole_registers; t += LANES) square += (at(from + t) - mean) * (at(from + t) - mean);
-            squares[row] = sum(square);
-            for (long t = whole_registers; t < n; t++) squares[row] += (from[t] - mean) * (from[t] - mean);
-            means[row] = mean;
+        real* each = worker_memory.take(s.B);  // image's own mean
+        for (long row = channels * worker / s.workers; row < channels * (worker + 1) / s.workers; row++) {
+            means[row] = deviations[row] = 0;
+            for (long b = 0; b < s.B; b++) {
+                const real* from = features + (b * channels + row) * n;
+                vec total{}, square{};
+                for (long t = 0; t < whole_registers; t += LANES) total += at(from + t);
+                real mean = sum(total);
+                for (long t = whole_registers; t < n; t++) mean += from[t];
+                mean /= n;
+                for (long t = 0; t < whole_registers; t += LANES)
+                    square += (at(from + t) - mean) * (at(from + t) - mean);
+                deviations[row] += sum(square);
+                for (long t = whole_registers; t < n; t++) deviations[row] += (from[t] - mean) * (from[t] - mean);
+                means[row] += mean / s.B;
+                each[b] = mean;
+            }
+            for (long b = 0; b < s.B; b++) deviations[row] += n * (each[b] - means[row]) * (each[b] - means[row]);
         }
     });
 }
@@ -806,24 +834,27 @@ void spread_backward(const Shape* shape, const real* X, const real* Q, const rea
 
 // The gradients of `project`, that of x added to d_x.
 //
-// To d_Q and d_K, (B, D, n), is added what reaches them through statistics and landmarks: slope * Q with slope (D,)
-// or null, and `means`, (B, D, m), at each landmark's positions. -> d_W (2, D, C), of query and key.
+// To d_Q and d_K, (B, D, n), is added what reaches them through statistics, slope * Q + constant with (D,) each or
+// null, and through landmarks: `shares`, (B, D, m), at their positions. -> d_W (2, D, C), of query and key.
 void project_backward(const Shape* shape, const real* X, const real* W_q, const real* W_k, const real* Q,
-                      const real* K, const int64_t* landmark_of, const real* slope_q, const real* slope_k,
-                      const real* means_q, const real* means_k, const real* d_Q, const real* d_K, real* d_x,
-                      real* d_W) {
+                      const real* K, const int64_t* landmark_of, const real* d_Q, const real* d_K,
+                      const real* slope_q, const real* slope_k, const real* constant_q, const real* constant_k,
+                      const real* shares_q, const real* shares_k, real* d_x, real* d_W) {
     const Shape& s = *shape;
     Shares shares(s, true);
     const long T = shares.T;
     long deep = padded(s.D), width = 2 * deep;
-    const real *W[] = {W_q, W_k}, *slopes[] = {slope_q, slope_k}, *means[] = {means_q, means_k};
-    const real *features[] = {Q, K}, *gradients[] = {d_Q, d_K};
+    const real *W[] = {W_q, W_k}, *features[] = {Q, K}, *gradients[] = {d_Q, d_K};
+    const real *of_landmarks[] = {shares_q, shares_k};
+    const real *slopes[] = {slope_q, slope_k}, *constants[] = {constant_q, constant_k};
     caller_memory.reset();
     real* of_weights = caller_memory.take(s.workers * s.C * width);
+    real* W_turned = caller_memory.take(s.C * 2 * s.D);  // of both, whose rows a product reads faster than columns
+    for (long side = 0; side < 2; side++) turned_weight(s, W[side], s.D, s.C, W_turned + side * s.D, 2 * s.D);
     shares.each([&](long worker, const auto& tiles) {
         std::fill(of_weights + worker * s.C * width, of_weights + (worker + 1) * s.C * width, real(0));
         real *x = worker_memory.take(s.C * T), *d_tile = worker_memory.take(s.C * T);
-        real *y = worker_memory.take(s.D * T), *d_y = worker_memory.take(s.D * T);
+        real *y = worker_memory.take(s.D * T), *d_both = worker_memory.take(2 * s.D * T);
         real* turned = worker_memory.zeros(T * width);
         std::vector<Lookup> lookup(T / LANES);
         tiles([&](const Tile& tile) {
@@ -831,17 +862,18 @@ void project_backward(const Shape* shape, const real* X, const real* W_q, const 
             for (long t = 0; t < tile.count; t += LANES)
                 lookup[t / LANES] = Lookup(landmark_of + tile.first + t, std::min(LANES, tile.count - t), s.m);
             for (long side = 0; side < 2; side++) {
+                real* d_y = d_both + side * s.D * T;
                 load(tile.of(gradients[side], s.D, s.n), d_y, T);
                 if (slopes[side]) load(tile.of(features[side], s.D, s.n), y, T);
                 for (long row = 0; row < s.D; row++) {
-                    const real* mean = means[side] + (b * s.D + row) * s.m;
-                    for (long t = 0; t < tile.count; t += LANES) at(d_y + row * T + t) += lookup[t / LANES](mean);
+                    const real* share = of_landmarks[side] + (b * s.D + row) * s.m;
+                    for (long t = 0; t < tile.count; t += LANES) at(d_y + row * T + t) += lookup[t / LANES](share);
                     for (long t = row * T; slopes[side] && t < (row + 1) * T; t += LANES)
-                        at(d_y + t) += slopes[side][row] * at(y + t);
+                        at(d_y + t) += slopes[side][row] * at(y + t) + constants[side][row];
                 }
-                product<true>(s.C, T, s.D, W[side], s.C, d_y, T, d_tile, T, side ? Start::target : Start::zero);
                 transpose(d_y, s.D, turned + side * deep, width, T);
             }
+            product<false>(s.C, T, 2 * s.D, W_turned, 2 * s.D, d_both, T, d_tile, T);
             load(tile.of(X, s.C, s.n), x, T);
             product<false>(s.C, width, T, x, T, turned, width, of_weights + worker * s.C * width, width,
                            Start::target);
@@ -876,6 +908,11 @@ void times_at_landmarks(const Shape* shape, const real* W, long of_rows, long na
     const Shape& s = *shape;
     long c = s.C / s.groups, wide = padded(s.m), rows = narrows ? c : s.C, columns = narrows ? s.C : c;
     long units = s.B * s.groups, pieces = std::min((rows + 31) / 32, (s.workers + units - 1) / units);
+    if (bool(of_rows) != bool(narrows)) {  // a product reads the rows of a transpose faster than columns
+        caller_memory.reset();
+        W = turned_weight(s, W, s.C, s.C, caller_memory.take(s.C * s.C), s.C);
+        of_rows = !of_rows;
+    }
     each_worker(s.workers, [&](long worker) {
         real *x = worker_memory.zeros(columns * wide), *y = worker_memory.take(rows * wide);
         for (long i = units * pieces * worker / s.workers; i < units * pieces * (worker + 1) / s.workers; i++) {
@@ -884,10 +921,7 @@ void times_at_landmarks(const Shape* shape, const real* W, long of_rows, long na
             for (long row = 0; row < columns; row++)
                 std::memcpy(x + row * wide, from + place_of(s, !narrows, b, g, row), s.m * sizeof(real));
             const real* share = W + g * c * (of_rows ? s.C : 1);
-            if (bool(of_rows) == bool(narrows))
-                product<false>(count, wide, columns, share + first * s.C, s.C, x, wide, y, wide);
-            else
-                product<true>(count, wide, columns, share + first, s.C, x, wide, y, wide);
+            product<false>(count, wide, columns, share + first * s.C, s.C, x, wide, y, wide);
             for (long row = 0; row < count; row++) {
                 real* target = to + place_of(s, narrows, b, g, first + row);
                 for (long k = 0; k < s.m; k++) target[k] = y[row * wide + k] + (bias ? bias[first + row] : real(0));
@@ -955,16 +989,26 @@ static void invert_columns(long m, long first, real* rows, long width, real* fac
     product<false>(m, width, count, factors, LANES, own, width, rows, width, Start::target);
 }
 
-// The inverse of B * groups matrices (m, m), diagonally dominant by rows: elimination needs no pivots there.
-void inverse(const Shape* shape, const real* systems, real* inverses) {
+// The share of the rest of its row that a landmark below `floor` is given.
+static real raised_share(real own, real floor) {
+    return std::max(real(0), floor - own) / (1 - std::min(own, floor));
+}
+
+// The inverse of A_mm of Eq. 16 for B * groups maps S_mm (m, m). It is diagonally dominant by rows: elimination needs
+// no pivots there.
+void inverse(const Shape* shape, const real* S_mm, double floor, real* inverses) {
     const Shape& s = *shape;
     long wide = padded(s.m), count = s.B * s.groups;
     each_worker(s.workers, [&](long worker) {
         real *rows = worker_memory.zeros(s.m * wide), *factors = worker_memory.take(s.m * LANES);
         real* pivots = worker_memory.take(LANES * wide);
         for (long i = count * worker / s.workers; i < count * (worker + 1) / s.workers; i++) {
-            for (long row = 0; row < s.m; row++)
-                std::memcpy(rows + row * wide, systems + (i * s.m + row) * s.m, s.m * sizeof(real));
+            for (long row = 0; row < s.m; row++) {
+                const real* entries = S_mm + (i * s.m + row) * s.m;
+                real raised = raised_share(entries[row], floor);
+                for (long k = 0; k < s.m; k++) rows[row * wide + k] = entries[k] * (1 - raised);
+                rows[row * wide + row] += 1 + raised;
+            }
             for (long first = 0; first < s.m; first += LANES) invert_columns(s.m, first, rows, wide, factors, pivots);
             for (long row = 0; row < s.m; row++)
                 std::memcpy(inverses + (i * s.m + row) * s.m, rows + row * wide, s.m * sizeof(real));
@@ -972,22 +1016,180 @@ void inverse(const Shape* shape, const real* systems, real* inverses) {
     });
 }
 
-// From the left by squares (B, groups, m, m), or their transposes; of `from` and `to`, (B, groups, c, m), the right.
-void times_squares(const Shape* shape, const real* squares, long transposed, const real* from, long c, real* to) {
+// Z = A^-1 (scale E + offset) for `inverses` A^-1 (B, groups, m, m), E and Z (B, groups, c, m), scale and offset (C,).
+void solve(const Shape* shape, const real* inverses, const real* E, const real* scale, const real* offset, real* Z) {
     const Shape& s = *shape;
-    long wide = padded(s.m), count = s.B * s.groups;
+    long wide = padded(s.m), count = s.B * s.groups, c = s.C / s.groups;
     each_worker(s.workers, [&](long worker) {
-        real *square = worker_memory.zeros(s.m * wide), *rows = worker_memory.take(c * wide);
+        real* turned = worker_memory.zeros(s.m * wide);
+        real *normal = worker_memory.take(c * wide), *z = worker_memory.take(c * wide);
         for (long i = count * worker / s.workers; i < count * (worker + 1) / s.workers; i++) {
-            const real* given = squares + i * s.m * s.m;
-            if (!transposed) transpose(given, s.m, s.m, s.m, square, wide);
-            for (long row = 0; transposed && row < s.m; row++)
-                std::memcpy(square + row * wide, given + row * s.m, s.m * sizeof(real));
-            product<false>(c, wide, s.m, from + i * c * s.m, s.m, square, wide, rows, wide);
-            for (long row = 0; row < c; row++)
-                std::memcpy(to + (i * c + row) * s.m, rows + row * wide, s.m * sizeof(real));
+            transpose(inverses + i * s.m * s.m, s.m, s.m, s.m, turned, wide);
+            for (long row = 0; row < c; row++) {
+                real by = scale[i % s.groups * c + row], plus = offset[i % s.groups * c + row];
+                for (long k = 0; k < s.m; k += LANES)
+                    at(normal + row * wide + k) = read(E + (i * c + row) * s.m + k, s.m - k) * by + plus;
+            }
+            product<false>(c, wide, s.m, normal, wide, turned, wide, z, wide);
+            for (long row = 0; row < c; row++) std::memcpy(Z + (i * c + row) * s.m, z + row * wide, s.m * sizeof(real));
         }
     });
+}
+
+// Of that the gradients of scale E + offset, (B, groups, c, m), of scale and of offset, (C,) each.
+void solve_backward(const Shape* shape, const real* inverses, const real* E, const real* d_Z, real* d_E, real* d_scale,
+                    real* d_offset) {
+    const Shape& s = *shape;
+    long wide = padded(s.m), count = s.B * s.groups, c = s.C / s.groups;
+    caller_memory.reset();
+    real* sums = caller_memory.take(2 * s.B * s.C);
+    each_worker(s.workers, [&](long worker) {
+        real *square = worker_memory.zeros(s.m * wide), *d = worker_memory.take(c * wide);
+        for (long i = count * worker / s.workers; i < count * (worker + 1) / s.workers; i++) {
+            for (long row = 0; row < s.m; row++)
+                std::memcpy(square + row * wide, inverses + (i * s.m + row) * s.m, s.m * sizeof(real));
+            product<false>(c, wide, s.m, d_Z + i * c * s.m, s.m, square, wide, d, wide);
+            for (long row = 0; row < c; row++) {
+                vec of_scale{}, of_offset{};
+                for (long k = 0; k < s.m; k += LANES) {
+                    vec one = at(d + row * wide + k);
+                    of_scale += one * read(E + (i * c + row) * s.m + k, s.m - k);
+                    of_offset += one;
+                    write(one, d_E + (i * c + row) * s.m + k, s.m - k);
+                }
+                sums[i * c + row] = sum(of_scale);
+                sums[s.B * s.C + i * c + row] = sum(of_offset);
+            }
+        }
+    });
+    add_up_images(s.B, s.C, sums, d_scale);
+    add_up_images(s.B, s.C, sums + s.B * s.C, d_offset);
+}
+
+// The gradient of E from that of scale E + offset, d, where both may depend on E through statistics:
+// d_E = scale d + slope E + constant, with (C,) each; slope and constant may be null. (B, groups, c, m).
+void normalise_backward(const Shape* shape, const real* d, const real* E, const real* scale, const real* slope,
+                        const real* constant, real* d_E) {
+    const Shape& s = *shape;
+    each_worker(s.workers, [&](long worker) {
+        for (long row = s.B * s.C * worker / s.workers; row < s.B * s.C * (worker + 1) / s.workers; row++) {
+            long channel = row % s.C;
+            real by = scale[channel], by_E = slope ? slope[channel] : 0, plus = slope ? constant[channel] : 0;
+            for (long k = row * s.m; k < (row + 1) * s.m; k++) d_E[k] = d[k] * by + (E[k] * by_E + plus);
+        }
+    });
+}
+
+// What follows from the landmarks' means of raw Q and K, pooled (B, D, m), and from their affine maps, (D,).
+//
+// -> Q, K, for_keys, for_queries (B, D, m); bias (B, groups, m); S_mm (B, groups, m, m).
+void landmarks(const Shape* shape, const real* pooled_q, const real* pooled_k, const real* scale_q,
+               const real* offset_q, const real* scale_k, real* Q, real* K, real* for_keys, real* for_queries,
+               real* bias, real* S_mm) {
+    const Shape& s = *shape;
+    long d = s.d, wide = padded(s.m), count = s.B * s.groups;
+    each_worker(s.workers, [&](long worker) {
+        real *keys = worker_memory.take(d * wide), *map = worker_memory.take(s.m * wide);
+        real* shift = worker_memory.take(wide);
+        for (long i = count * worker / s.workers; i < count * (worker + 1) / s.workers; i++) {
+            std::fill(shift, shift + wide, real(0));
+            for (long row = 0; row < d; row++) {
+                long channel = i % s.groups * d + row;
+                for (long k = 0; k < s.m; k += LANES) {
+                    long here = (i * d + row) * s.m + k, left = s.m - k;
+                    vec query = read(pooled_q + here, left) * scale_q[channel] + offset_q[channel];
+                    vec key = read(pooled_k + here, left) * scale_k[channel];
+                    write(query, Q + here, left);
+                    write(key, K + here, left);
+                    write(query * scale_k[channel], for_keys + here, left);
+                    write(key * scale_q[channel], for_queries + here, left);
+                    at(keys + row * wide + k) = key;
+                    at(shift + k) += key * offset_q[channel];
+                }
+            }
+            std::memcpy(bias + i * s.m, shift, s.m * sizeof(real));
+            product<true>(s.m, wide, d, Q + i * d * s.m, s.m, keys, wide, map, wide);
+            for (long row = 0; row < s.m; row++) {  // softmax
+                real* logits = map + row * wide;
+                std::fill(logits + s.m, logits + wide, -std::numeric_limits<real>::infinity());
+                real top = *std::max_element(logits, logits + s.m);
+                vec total{};
+                for (long k = 0; k < wide; k += LANES) total += at(logits + k) = exponential(at(logits + k) - top);
+                real share = 1 / sum(total);
+                for (long k = 0; k < s.m; k += LANES)
+                    write(at(logits + k) * share, S_mm + (i * s.m + row) * s.m + k, s.m - k);
+            }
+        }
+    });
+}
+
+// The gradients of `landmarks`, where that of S_mm comes through `inverse`: -d_E^T Z, (B, groups, c, m) each, is that
+// of A_mm.
+//
+// d_for_keys, d_for_queries (B, groups, m, d); d_bias (B, groups, m) -> shares (B, D, m), the gradients of raw Q and K
+// at each of a landmark's `sizes` (m,) positions; d_scale_q, d_offset_q, d_scale_k (D,).
+void landmarks_backward(const Shape* shape, const real* pooled_q, const real* pooled_k, const real* Q, const real* K,
+                        const real* S_mm, const real* scale_q, const real* offset_q, const real* scale_k,
+                        const int64_t* sizes, double floor, const real* Z, const real* d_E, const real* d_for_keys,
+                        const real* d_for_queries, const real* d_bias, real* shares_q, real* shares_k,
+                        real* d_scale_q, real* d_offset_q, real* d_scale_k) {
+    const Shape& s = *shape;
+    long d = s.d, c = s.C / s.groups, wide = padded(s.m), count = s.B * s.groups;
+    caller_memory.reset();
+    real *of_scale_q = caller_memory.take(s.B * s.D), *of_offset_q = caller_memory.take(s.B * s.D);
+    real *of_scale_k = caller_memory.take(s.B * s.D), *per_size = caller_memory.zeros(wide);
+    for (long k = 0; k < s.m; k++) per_size[k] = real(1) / sizes[k];
+    each_worker(s.workers, [&](long worker) {
+        real *values = worker_memory.take(c * wide), *d_map = worker_memory.take(s.m * wide);
+        real *turned = worker_memory.zeros(s.m * wide), *d_q = worker_memory.take(d * wide);
+        real *d_k = worker_memory.take(d * wide), *keys = worker_memory.zeros(d * wide);
+        real* queries = worker_memory.zeros(d * wide);
+        for (long i = count * worker / s.workers; i < count * (worker + 1) / s.workers; i++) {
+            for (long row = 0; row < c; row++)
+                for (long k = 0; k < s.m; k += LANES)
+                    at(values + row * wide + k) = read(Z + (i * c + row) * s.m + k, s.m - k);
+            product<true>(s.m, wide, c, d_E + i * c * s.m, s.m, values, wide, d_map, wide);
+            for (long row = 0; row < s.m; row++) {  // minus the gradient of A_mm becomes that of the logits
+                const real* map = S_mm + (i * s.m + row) * s.m;
+                real *gradient = d_map + row * wide, own = map[row], raised = raised_share(own, floor);
+                vec dots{};
+                for (long k = 0; k < s.m; k += LANES) dots += at(gradient + k) * read(map + k, s.m - k);
+                real dot = sum(dots), rest = 1 - std::min(own, real(floor));
+                // raised = (floor - own) / (1 - own) below the floor.
+                real d_own = own < floor ? (dot - gradient[row]) * (real(floor) - 1) / (rest * rest) : real(0);
+                real total = d_own * own - (1 - raised) * dot;
+                for (long k = 0; k < s.m; k += LANES)
+                    at(gradient + k) = read(map + k, s.m - k) * ((raised - 1) * at(gradient + k) - total);
+                gradient[row] += own * d_own;
+            }
+            transpose(d_map, s.m, s.m, wide, turned, wide);
+            product<false>(d, wide, s.m, K + i * d * s.m, s.m, turned, wide, d_q, wide);
+            product<false>(d, wide, s.m, Q + i * d * s.m, s.m, d_map, wide, d_k, wide);
+            transpose(d_for_keys + i * s.m * d, s.m, d, d, keys, wide);
+            transpose(d_for_queries + i * s.m * d, s.m, d, d, queries, wide);
+            for (long row = 0; row < d; row++) {
+                long channel = i % s.groups * d + row;
+                vec of_scale{}, of_offset{}, of_key_scale{};
+                for (long k = 0; k < s.m; k += LANES) {
+                    long here = (i * d + row) * s.m + k, tile = row * wide + k, left = s.m - k;
+                    vec key = read(K + here, left), d_shift = read(d_bias + i * s.m + k, left);
+                    vec of_query = at(d_q + tile) + at(keys + tile) * scale_k[channel];
+                    vec of_key = at(d_k + tile) + at(queries + tile) * scale_q[channel] + d_shift * offset_q[channel];
+                    of_scale += at(queries + tile) * key + of_query * read(pooled_q + here, left);
+                    of_offset += d_shift * key + of_query;
+                    of_key_scale += at(keys + tile) * read(Q + here, left) + of_key * read(pooled_k + here, left);
+                    write(of_query * scale_q[channel] * at(per_size + k), shares_q + here, left);
+                    write(of_key * scale_k[channel] * at(per_size + k), shares_k + here, left);
+                }
+                of_scale_q[i * d + row] = sum(of_scale);
+                of_offset_q[i * d + row] = sum(of_offset);
+                of_scale_k[i * d + row] = sum(of_key_scale);
+            }
+        }
+    });
+    add_up_images(s.B, s.D, of_scale_q, d_scale_q);
+    add_up_images(s.B, s.D, of_offset_q, d_offset_q);
+    add_up_images(s.B, s.D, of_scale_k, d_scale_k);
 }
 
 }  // extern "C"

@@ -1,4 +1,4 @@
-"""What CSALR does at n positions, in tensor operations: for every device and type of number.
+"""What CSALR does at n positions and m landmarks, in tensor operations: for every device and type of number.
 
 `csalr_plugin.attention.compiled` does the same in C++ for fp32 and fp64 on a CPU.
 """
@@ -58,6 +58,29 @@ class Gathered(NamedTuple):
     log_sum: Tensor | None  # (B, groups, m), of each row in the softmax of S_mn, where it saves computing that again
 
 
+class Landmarks(NamedTuple):
+    """What follows from the patch means of Q and K; (B, groups, C'/groups, m) and in fp32 at least."""
+
+    pooled_q: Tensor  # of raw Q
+    pooled_k: Tensor
+    Q: Tensor  # Q', normalised
+    K: Tensor  # K', normalised but for the shift, which no softmax sees
+    for_keys: Tensor  # times raw K: the logits of S_mn
+    for_queries: Tensor  # times raw Q, plus `bias`: the logits of S_nm
+    bias: Tensor  # (B, groups, 1, m)
+    S_mm: Tensor  # (B, groups, m, m)
+
+
+class LandmarkGradients(NamedTuple):
+    """The gradients of what :meth:`Positions.landmarks` is given."""
+
+    share_q: Tensor  # (B, C', m): of raw Q at each position of a landmark
+    share_k: Tensor
+    scale_q: Tensor  # (C',)
+    offset_q: Tensor
+    scale_k: Tensor
+
+
 class Spread(NamedTuple):
     """What :meth:`Positions.spread` spreads over the positions, and how."""
 
@@ -98,7 +121,8 @@ class Positions:
     def __init__(self, x: Tensor, grid: LandmarkGrid | None, groups: int, way: Plan, dtype: torch.dtype) -> None:
         self.like, self.X = x, x.flatten(2)  # B, C, n
         self.grid, self.groups, self.way, self.dtype = grid, groups, way, dtype
-        self.landmark_of = None if grid is None else grid.landmark_of()  # n
+        self.landmark_of = None if grid is None else grid.landmark_of  # n
+        self.sizes = None if grid is None else grid.sizes  # m
 
     def parts(self) -> Iterator[slice]:
         """Slices of the batch that are computed together."""
@@ -110,9 +134,10 @@ class Positions:
         return self._times(W_q), self._times(W_k)
 
     def moments(self, features: Tensor) -> tuple[Tensor, Tensor]:
-        """Of each image's channels the mean, and the sum of squares about it: (B, channels, any) -> (B, channels) each.
+        """The mean of each channel, and the sum of squares about it: (B, channels, any) -> (channels,) each.
 
-        Both in fp32 at least.
+        Both in fp32 at least. Each image's own mean first (Chan et al., 1979): the difference of two large sums would
+        lose digits.
         """
         dtype = torch.promote_types(features.dtype, torch.float32)
         means, squares = [], []
@@ -121,12 +146,49 @@ class Positions:
             mean = chunk.mean(2, dtype=dtype)  # b, channels
             means.append(mean)
             squares.append(torch.linalg.vector_norm(chunk - mean[:, :, None], dim=2).square())
-        return torch.cat(means), torch.cat(squares)
+        each = torch.cat(means)
+        mean = each.mean(0)
+        return mean, (torch.cat(squares) + features.shape[2] * (each - mean).square()).sum(0)
 
-    def pool(self, features: Tensor) -> Tensor:
-        """The mean of each landmark's positions: (B, C', n) -> (B, C', m)."""
+    def landmarks(self, Q: Tensor, K: Tensor, scale_q: Tensor, offset_q: Tensor, scale_k: Tensor) -> Landmarks:
+        """From raw Q and K, (B, C', n), and the affine maps a channel, (C',), that follow them."""
         assert self.grid is not None
-        return self.grid.pool(features)
+        pooled_q, pooled_k = (split(self.grid.pool(one).to(scale_q.dtype), self.groups) for one in (Q, K))
+        scale_q, offset_q, scale_k = self._per_group(scale_q, offset_q, scale_k)
+        Q = pooled_q * scale_q + offset_q
+        K = pooled_k * scale_k
+        bias = (K * offset_q).sum(2, keepdim=True)
+        S_mm = (Q.mT @ K).softmax(3)
+        return Landmarks(pooled_q, pooled_k, Q, K, Q * scale_k, K * scale_q, bias, S_mm)
+
+    def landmarks_backward(
+        self,
+        marks: Landmarks,
+        affine: tuple[Tensor, Tensor, Tensor],
+        floor: float,
+        solved: tuple[Tensor, Tensor],
+        d_for_keys: Tensor,
+        spread: SpreadGradients,
+    ) -> LandmarkGradients:
+        """From the gradients of `marks` to those of Q, K and `affine`: (scale_q, offset_q, scale_k).
+
+        Those of `for_queries` and `bias` are in `spread`; that of S_mm comes through `solved`: Z = A_mm^-1 E of
+        :meth:`solve` and the gradient of that E, both (B, groups, m, c).
+        """
+        assert self.sizes is not None
+        Z, d_E = solved
+        scale_q, offset_q, scale_k = self._per_group(*affine)
+        d_S_mm = raise_diagonal_backward(-(d_E @ Z.mT), marks.S_mm, floor)
+        d_logits = softmax_backward(d_S_mm, marks.S_mm, 3)
+        d_Q = marks.K @ d_logits.mT + d_for_keys * scale_k
+        d_K = marks.Q @ d_logits + spread.for_queries * scale_q + spread.bias * offset_q
+        return LandmarkGradients(
+            (d_Q * scale_q).flatten(1, 2) / self.sizes,
+            (d_K * scale_k).flatten(1, 2) / self.sizes,
+            (spread.for_queries * marks.K + d_Q * marks.pooled_q).sum((0, 3)).flatten(),
+            (spread.bias * marks.K + d_Q).sum((0, 3)).flatten(),
+            (d_for_keys * marks.Q + d_K * marks.pooled_k).sum((0, 3)).flatten(),
+        )
 
     def gather(self, K: Tensor, for_keys: Tensor, W_v: Tensor) -> Gathered:
         """Eq. 13's S_mn times x, or times the values, by raw K, (B, C', n), and for_keys, (B, groups, C'/groups, m)."""
@@ -168,13 +230,33 @@ class Positions:
             self._logits_backward(for_keys, K, d_logits, part, d_for_keys, d_K)
         return d_K, d_for_keys, d_W_v
 
-    def inverse(self, systems: Tensor) -> Tensor:
-        """Of each of the diagonally dominant S_mm + I of Eq. 16, (B, groups, m, m)."""
-        return inverse_of_dominant(systems)
+    def inverse(self, S_mm: Tensor, floor: float) -> Tensor:
+        """Of A_mm = S_mm + I of Eq. 16, (B, groups, m, m), where a landmark attends to itself with `floor` at least."""
+        return inverse_of_dominant(raise_diagonal(S_mm, floor))
 
-    def times_squares(self, squares: Tensor, rows: Tensor, *, transposed: bool = False) -> Tensor:
-        """``squares rows``, or by the transpose, of (B, groups, m, m) and (B, groups, m, any)."""
-        return (squares.mT if transposed else squares) @ rows
+    def solve(self, inverse: Tensor, E: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
+        """``Z = A_mm^-1 (scale E + offset)``, of (B, groups, m, m), (B, groups, m, c) and (C,)."""
+        scale, offset = (one.view(E.shape[1], 1, -1) for one in (scale, offset))  # groups, 1, c
+        return inverse @ (E * scale).add_(offset)
+
+    def solve_backward(self, inverse: Tensor, E: Tensor, d_Z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The gradients of scale E + offset, (B, groups, m, c), of scale and of offset, (C,)."""
+        d_E = inverse.mT @ d_Z
+        d_scale, d_offset = (one.sum(2).sum(0).flatten() for one in (d_E * E, d_E))
+        return d_E, d_scale, d_offset
+
+    def normalise_backward(
+        self, d: Tensor, E: Tensor, scale: Tensor, slope: Tensor | None, constant: Tensor | None
+    ) -> Tensor:
+        """The gradient of E from that of scale E + offset, (B, groups, m, c): ``scale d + slope E + constant``.
+
+        The latter, (C,) each, is what comes through statistics; None: nothing does.
+        """
+        per_channel = (E.shape[1], 1, E.shape[3])
+        d_E = d * scale.view(per_channel)
+        if slope is not None and constant is not None:
+            d_E.addcmul_(E, slope.view(per_channel)).add_(constant.view(per_channel))
+        return d_E
 
     def values(self, rows: Tensor, W_v: Tensor) -> Tensor:
         """E before normalisation and bias, (B, groups, m, c) in fp32 at least, from S_mn X^T."""
@@ -278,12 +360,17 @@ class Positions:
         d_W_q, d_W_k = torch.zeros_like(query.W), torch.zeros_like(key.W)
         for part in self.parts():
             for side, d_W in ((query, d_W_q), (key, d_W_k)):
-                d_features = side.d_features[part] + side.shares[part].to(self.dtype).index_select(2, self.landmark_of)
-                if side.slope is not None:
-                    d_features.addcmul_(side.features[part], side.slope.to(self.dtype)[:, None])
+                d_features = side.d_features[part] + side.share[part].to(self.dtype).index_select(2, self.landmark_of)
+                if side.slope is not None and side.constant is not None:
+                    slope, constant = (one.to(self.dtype)[:, None] for one in (side.slope, side.constant))
+                    d_features.addcmul_(side.features[part], slope).add_(constant)
                 accumulate(d_W, d_features, self.X[part].to(self.dtype))
                 d_x[part].baddbmm_(expand(side.W.to(self.dtype).mT, d_features), d_features)
         return d_W_q, d_W_k
+
+    def _per_group(self, *vectors: Tensor) -> Iterator[Tensor]:
+        """(C',) each -> (groups, C'/groups, 1) each."""
+        return (vector.view(self.groups, -1, 1) for vector in vectors)
 
     def _times(self, W: Tensor) -> Tensor:
         """A projection before bias and normalisation: (C_out, C) -> (B, C_out, n)."""
@@ -358,7 +445,8 @@ class ProjectionGradient(NamedTuple):
     features: Tensor  # raw Q or K, (B, C', n)
     d_features: Tensor  # (B, C', n), through the maps
     slope: Tensor | None  # (C',): through the statistics each feature gets this times itself
-    shares: Tensor  # (B, C', m): through statistics and landmarks each position gets that of its landmark
+    constant: Tensor | None  # (C',): and this
+    share: Tensor  # (B, C', m): through the landmarks each position gets that of its landmark
 
 
 # Small tools
@@ -384,6 +472,24 @@ def heads_backward(d_out: Tensor, rows: Tensor) -> Tensor:
     """The gradient of the weights of :func:`times_heads`: (B, groups, m, s), (B, groups, m, r) -> (groups, s, r)."""
     pairs = zip(d_out.unbind(1), rows.unbind(1), strict=True)
     return torch.stack([d.flatten(0, 1).mT @ row.flatten(0, 1) for d, row in pairs])
+
+
+def raise_diagonal(S_mm: Tensor, floor: float) -> Tensor:
+    """A_mm of Eq. 16, S_mm + I, with S_ii raised to `floor`; its rows still sum to 2."""
+    own = S_mm.diagonal(dim1=-2, dim2=-1)[..., None]  # B, groups, m, 1
+    raised = (floor - own).clamp(min=0) / (1 - own.clamp(max=floor))  # share given to the landmark itself
+    return S_mm * (1 - raised) + torch.diag_embed((1 + raised).squeeze(-1))
+
+
+def raise_diagonal_backward(gradient: Tensor, S_mm: Tensor, floor: float) -> Tensor:
+    """The gradient of S_mm from that of :func:`raise_diagonal`."""
+    own = S_mm.diagonal(dim1=-2, dim2=-1)[..., None]  # B, groups, m, 1
+    low = own.clamp(max=floor)
+    raised = (floor - own).clamp(min=0) / (1 - low)
+    d_raised = gradient.diagonal(dim1=-2, dim2=-1)[..., None] - (gradient * S_mm).sum(-1, keepdim=True)
+    # raised = (floor - own) / (1 - own) below the floor.
+    d_own = d_raised * torch.where(own < floor, (floor - 1) / (1 - low).square(), 0.0)
+    return gradient * (1 - raised) + torch.diag_embed(d_own.squeeze(-1))
 
 
 def inverse_of_dominant(system: Tensor) -> Tensor:
