@@ -57,6 +57,11 @@ class CompiledPositions(Positions):
             and library(dtype) is not None
         )
 
+    @staticmethod
+    def members(grid: LandmarkGrid) -> tuple[Tensor, Tensor]:
+        """See :class:`Positions`; made once a shape, as some ten tensor operations take as long as a small pass."""
+        return members_of(grid.height, grid.width, (grid.rows, grid.columns))
+
     def project(self, W_q: Tensor, W_k: Tensor) -> tuple[Tensor, Tensor]:
         """See :class:`Positions`."""
         Q, K = (self._new(len(W), self._n) for W in (W_q, W_k))
@@ -250,7 +255,7 @@ class CompiledPositions(Positions):
 
     def _new(self, *shape: int) -> Tensor:
         """Memory for (B, *shape)."""
-        return self.X.new_empty(len(self.X), *shape)
+        return self.X.new_empty(self.X.shape[0], *shape)
 
     def _call(self, name: str, D: int, m: int, *arguments: Tensor | float | None) -> None:
         """Call function `name` of positions.cpp; C' is `D`. What it writes is among `arguments` and contiguous.
@@ -258,27 +263,33 @@ class CompiledPositions(Positions):
         Raises:
             UserError: a tensor is on another device than x, or of another type.
         """
+        types = (self.X.dtype, torch.int64)
+        passed: list[ctypes.c_void_p | ctypes.c_long | ctypes.c_double] = []
+        copies = []  # they must live until the function returns
         for one in arguments:
-            if isinstance(one, Tensor) and (one.is_cpu, one.dtype) not in ((True, self.X.dtype), (True, torch.int64)):
-                raise UserError(
-                    f"x is {self.X.dtype} on {self.X.device}, and a tensor of the attention block {one.dtype} on "
-                    f"{one.device}: they must be the same; move one of them by .to()."
-                )
+            if isinstance(one, Tensor):
+                if not one.is_cpu or one.dtype not in types:
+                    raise UserError(
+                        f"x is {self.X.dtype} on {self.X.device}, and a tensor of the attention block {one.dtype} on "
+                        f"{one.device}: they must be the same; move one of them by .to()."
+                    )
+                copies.append(one.contiguous())
+                passed.append(ctypes.c_void_p(copies[-1].data_ptr()))
+            elif one is None:
+                passed.append(ctypes.c_void_p(None))
+            else:
+                passed.append(ctypes.c_double(one) if isinstance(one, float) else ctypes.c_long(one))
         B, C, n = self.X.shape
         d, step = (D, 0) if self.grid is None else (D // self.groups, D // self.groups)
         sizes = (B, C, D, d, step, n, m, self.groups, self.way.at_landmarks, torch.get_num_threads())
-        # Copies must live until the function returns.
-        contiguous = [one.contiguous() if isinstance(one, Tensor) else one for one in arguments]
-        getattr(library(self.X.dtype), name)(ctypes.byref(Shape(*sizes)), *map(passed, contiguous))
+        getattr(library(self.X.dtype), name)(ctypes.byref(Shape(*sizes)), *passed)
 
 
-def passed(argument: Tensor | float | None) -> ctypes.c_long | ctypes.c_double | ctypes.c_void_p:
-    """As positions.cpp takes it: a whole number, a number, or a place in memory."""
-    if isinstance(argument, int):
-        return ctypes.c_long(argument)
-    if isinstance(argument, float):
-        return ctypes.c_double(argument)
-    return ctypes.c_void_p(None if argument is None else argument.data_ptr())
+@functools.lru_cache(maxsize=64)
+def members_of(height: int, width: int, landmarks: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """:meth:`Positions.members` of such a grid, on a CPU."""
+    grid = LandmarkGrid(height, width, landmarks, torch.device("cpu"))
+    return grid.landmark_of, grid.sizes
 
 
 def positions_of(x: Tensor, grid: LandmarkGrid | None, groups: int, way: Plan, dtype: torch.dtype) -> Positions:

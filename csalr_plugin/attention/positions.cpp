@@ -8,6 +8,10 @@
 //
 // One compilation serves one type of number, REAL.
 
+#ifdef __AVX2__
+#include <immintrin.h>
+#endif
+
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -127,19 +131,39 @@ inline void write(const vec& value, real* place, long count) {
     for (long lane = 0; lane < count && count < LANES; lane++) place[lane] = value[lane];
 }
 
+// The same for what the next pass finds in memory anyhow: a whole register goes there past the cache, whose lines
+// would have to be read before they are written.
+inline void write_past_cache(const vec& value, real* place, long count) {
+    bool aligned = reinterpret_cast<uintptr_t>(place) % BYTES == 0;
+#if defined(__AVX512F__)
+    if (aligned && count >= LANES) return _mm512_stream_si512(reinterpret_cast<__m512i*>(place), (__m512i)value);
+#elif defined(__AVX2__)
+    if (aligned && count >= LANES) return _mm256_stream_si256(reinterpret_cast<__m256i*>(place), (__m256i)value);
+#endif
+    (void)aligned;
+    write(value, place, count);
+}
+
+// What other threads must see of it is there after this.
+inline void written_past_cache() {
+#ifdef __AVX2__
+    _mm_sfence();
+#endif
+}
+
 // A tile's place in a tensor (rows, n): `count` positions from `first` on.
 template <class Number>
 struct Window {
     Number* image;
     long rows, n, first, count;
 
-    // A row of it; that some rows further starts on its way to the cache, as each lies on a page of its own and no
-    // processor foresees the next page.
-    Number* operator[](long row) const {
-        constexpr long further = 4, line = 64 / sizeof(real);
-        Number* place = image + row * n + first;
-        for (long t = 0; t < count && row + further < rows; t += line) __builtin_prefetch(place + further * n + t);
-        return place;
+    Number* operator[](long row) const { return image + row * n + first; }
+
+    // Position t of the row some rows further starts on its way to the cache: each row lies on a page of its own, and
+    // no processor foresees the next page.
+    void ahead(long row, long t) const {
+        constexpr long further = 3;
+        if (row + further < rows) __builtin_prefetch((*this)[row + further] + t);
     }
 };
 
@@ -147,7 +171,10 @@ struct Window {
 void load(const Window<const real>& from, real* tile, long T) {
     for (long r = 0; r < from.rows; r++) {
         const real* row = from[r];
-        for (long t = 0; t < T; t += LANES) at(tile + r * T + t) = read(row + t, from.count - t);
+        for (long t = 0; t < T; t += LANES) {
+            from.ahead(r, t);
+            at(tile + r * T + t) = read(row + t, from.count - t);
+        }
     }
 }
 
@@ -161,8 +188,10 @@ void store(const real* tile, const Window<real>& to, long T) {
 void add(const real* tile, const Window<real>& to, long T) {
     for (long r = 0; r < to.rows; r++) {
         real* row = to[r];
-        for (long t = 0; t < T; t += LANES)
+        for (long t = 0; t < T; t += LANES) {
+            to.ahead(r, t);
             write(read(row + t, to.count - t) + at(tile + r * T + t), row + t, to.count - t);
+        }
     }
 }
 
@@ -709,6 +738,7 @@ void spread(const Shape* shape, const real* X, const real* Q, const real* for_qu
                 real* target = to[row];
                 vec total{};
                 for (long t = 0; t < T; t += LANES) {
+                    x.ahead(row, t);
                     vec one = read(from + t, tile.count - t), other = at(o + t);
                     total += one * other;
                     write(alpha ? one + *alpha * other : other, target + t, tile.count - t);
@@ -774,13 +804,16 @@ void spread_backward(const Shape* shape, const real* X, const real* Q, const rea
                 vec total{};
                 for (long t = 0; t < T; t += LANES) {
                     long left = tile.count - t;
+                    x.ahead(row, t);
+                    given.ahead(row, t);
+                    if (results) result.ahead(row, t);
                     vec one = read(xs + t, left), gradient = read(gradients + t, left);
                     vec output = results ? (read(results + t, left) - one) * per_alpha : at(O + row * T + t);
                     vec d_O = (alpha ? *alpha * gradient : gradient) + share * one;
                     alpha_total += gradient * output;
                     total += d_O;
                     at(G + row * T + t) = d_O;
-                    write(share * output + (alpha ? gradient : vec{}), target + t, left);
+                    write_past_cache(share * output + (alpha ? gradient : vec{}), target + t, left);
                 }
                 of_fuse_bias[worker * s.C + row] += sum(total);
             }
@@ -821,6 +854,7 @@ void spread_backward(const Shape* shape, const real* X, const real* Q, const rea
             }
             store(d_q, tile.of(d_Q, s.D, s.n), T);
         });
+        written_past_cache();
         of_alpha[worker] = sum(alpha_total);
     });
     shares.add_up(of_source, s.C * heads, wide, s.m, d_source);

@@ -121,8 +121,15 @@ class Positions:
     def __init__(self, x: Tensor, grid: LandmarkGrid | None, groups: int, way: Plan, dtype: torch.dtype) -> None:
         self.like, self.X = x, x.flatten(2)  # B, C, n
         self.grid, self.groups, self.way, self.dtype = grid, groups, way, dtype
-        self.landmark_of = None if grid is None else grid.landmark_of  # n
-        self.sizes = None if grid is None else grid.sizes  # m
+        self.landmark_of: Tensor | None = None
+        self.sizes: Tensor | None = None
+        if grid is not None:
+            self.landmark_of, self.sizes = self.members(grid)
+
+    @staticmethod
+    def members(grid: LandmarkGrid) -> tuple[Tensor, Tensor]:
+        """The landmark of each position, (n,), and the positions of each landmark, (m,)."""
+        return grid.landmark_of, grid.sizes
 
     def parts(self) -> Iterator[slice]:
         """Slices of the batch that are computed together."""
