@@ -48,18 +48,28 @@ inline real sum(const vec& v) {
 
 constexpr long padded(long count) { return (count + LANES - 1) / LANES * LANES; }
 
+struct Taylor {
+    static constexpr long degree = sizeof(real) == 8 ? 13 : 7;
+    real coefficient[degree + 1];  // 1 / k!
+    constexpr Taylor() : coefficient{} {
+        double power = 1;
+        for (long k = 0; k <= degree; k++, power /= k) coefficient[k] = power;
+    }
+};
+constexpr Taylor TAYLOR;
+
 // e^x of x <= 0: 2^k e^r with |r| <= ln(2) / 2 and the Taylor series of e^r. What is below the smallest normal
 // number becomes about that number; NaN stays NaN.
 inline vec exponential(vec x) {
     constexpr bool wide = sizeof(real) == 8;
-    constexpr long degree = wide ? 13 : 7, fraction = wide ? 52 : 23, bias = wide ? 1023 : 127;
+    constexpr long fraction = wide ? 52 : 23, bias = wide ? 1023 : 127;
     constexpr real lowest = wide ? -708 : -87, log2_e = 1.4426950408889634;
     constexpr real ln2_high = wide ? 0x1.62e42feep-1 : 0x1.62e4p-1, ln2_low = 0.6931471805599453 - double(ln2_high);
     constexpr real shift = wide ? 0x1.8p52 : 0x1.8p23;  // a sum with it rounds to whole numbers, in its low bits
     x = x < lowest ? lowest - vec{} : x;
     vec shifted = x * log2_e + shift, k = shifted - shift, r = (x - k * ln2_high) - k * ln2_low;
-    vec series = vec{} + 1;
-    for (long term = degree; term > 0; term--) series = 1 + series * r * (real(1) / term);
+    vec series = vec{} + TAYLOR.coefficient[Taylor::degree];
+    for (long k = Taylor::degree - 1; k >= 0; k--) series = series * r + TAYLOR.coefficient[k];
     wholes power = ((wholes)shifted << fraction) + (whole(bias) << fraction);  // a cast keeps the bits
     return series * (vec)power;
 }
