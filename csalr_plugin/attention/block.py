@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -112,10 +113,11 @@ class AttentionBlock(nn.Module, ABC):
         norm = dict(self.norm.items()).get(name)
         return norm if isinstance(norm, nn.BatchNorm1d) and norm.training else None
 
-    def _affine(self, name: str) -> tuple[Tensor, Tensor]:
+    def _affine(self, name: str) -> tuple[Tensor, ...]:
         """Gain and shift, (C_out,), of what follows the weight of projection `name`: its bias and its batch norm.
 
-        While that goes by the statistics of the batch, they are those after normalisation.
+        While that goes by the statistics of the batch, they are those after normalisation, which takes the bias away
+        again: that comes third, for :class:`Unseen`.
         """
         bias = getattr(self, name).bias
         if name not in self.norm:
@@ -123,8 +125,7 @@ class AttentionBlock(nn.Module, ABC):
         norm = self.norm[name]
         assert isinstance(norm, nn.BatchNorm1d) and norm.running_mean is not None and norm.running_var is not None
         if norm.training:
-            # Normalisation takes the bias away again. Its gradient is 0, not missing.
-            return norm.weight, norm.bias + 0 * bias
+            return norm.weight, norm.bias, bias
         gain = norm.weight * (norm.running_var + norm.eps).rsqrt()
         return gain, norm.bias + (bias - norm.running_mean) * gain
 
@@ -149,6 +150,25 @@ class AttentionBlock(nn.Module, ABC):
             return image
         with autocast_like(image):  # as wide as O is: 1000 max |V| exceeds fp16
             return self.fuse(image)
+
+
+class Unseen(torch.autograd.Function):
+    """The first tensor, which the others, parameters that change nothing, get a gradient by: it is 0, not missing.
+
+    A process that waits for every parameter's gradient, or an optimizer with weight decay, would treat a missing one
+    differently.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, seen: Tensor, *unseen: Tensor) -> Tensor:
+        """See the class."""
+        ctx.save_for_backward(*unseen)
+        return seen.view_as(seen)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, ...]:
+        """As it came, and zeros."""
+        return gradient, *(torch.zeros_like(one) for one in ctx.saved_tensors)
 
 
 class EvaluatedBlock(AttentionBlock):

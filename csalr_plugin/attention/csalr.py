@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from csalr_plugin.attention.batch_norm import SynchronisedBatchNorm, world_size
-from csalr_plugin.attention.block import EvaluatedBlock, observing, soften, working_type
+from csalr_plugin.attention.block import EvaluatedBlock, Unseen, observing, soften, working_type
 from csalr_plugin.attention.landmarks import LandmarkGrid
 from csalr_plugin.attention.low_rank import LowRankAttention
 from csalr_plugin.attention.positions import plan
@@ -53,18 +53,18 @@ class CSALR(EvaluatedBlock):
         m = LandmarkGrid(x.shape[2], x.shape[3], self.landmarks, x.device).m
         n = x[0, 0].numel()
         way = plan(len(x), self.channels, n, m, self.groups, x.device, torch.is_grad_enabled())
-        gain_q, shift_q = self._affine("query")
-        gain_k, shift_k = self._affine("key")
-        gain_v, shift_v = self._affine("value")
-        gain_k = gain_k + 0 * shift_k  # no softmax sees the shift of keys: its gradient is 0, not missing
+        gain_q, shift_q, *unseen_q = self._affine("query")
+        gain_k, *unseen_k = self._affine("key")  # no softmax sees the shift of keys
+        gain_v, shift_v, *unseen_v = self._affine("value")
+        gain_q = Unseen.apply(gain_q, *unseen_q, *unseen_k, *unseen_v)
         value_norm, fuse = self._training_norm("value"), getattr(self, "fuse", None)
         everywhere = isinstance(value_norm, SynchronisedBatchNorm)
         out, mean, *statistics = LowRankAttention.apply(
             x,
-            *(self.query.weight.flatten(1), gain_q.to(wide), shift_q.to(wide)),
-            *(self.key.weight.flatten(1), gain_k.to(wide)),
-            *(self.value.weight.flatten(1), gain_v.to(wide), shift_v.to(wide)),
-            None if fuse is None else fuse.weight.flatten(1),
+            *(self.query.weight, gain_q.to(wide), shift_q.to(wide)),
+            *(self.key.weight, gain_k.to(wide)),
+            *(self.value.weight, gain_v.to(wide), shift_v.to(wide)),
+            None if fuse is None else fuse.weight,
             None if fuse is None else fuse.bias,
             alpha,
             self.groups,

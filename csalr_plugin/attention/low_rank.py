@@ -19,13 +19,14 @@ What is done about the cost, each of it exact:
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from csalr_plugin.attention.batch_norm import over_processes, sum_over_processes, world_size
+from csalr_plugin.attention.batch_norm import over_processes, sum_over_processes
 from csalr_plugin.attention.block import logit_guard
 from csalr_plugin.attention.compiled import Output, positions_of
 from csalr_plugin.attention.landmarks import LandmarkGrid
@@ -38,7 +39,7 @@ class LowRankAttention(torch.autograd.Function):
     Args of ``apply``:
         x: (B, C, H, W).
         W_q, gain_q, shift_q: (C', C), (C',) and (C',): query's weight, and the affine map a channel that follows it;
-            with `eps` normalisation stands between the two.
+            with `eps` normalisation stands between the two. Weights may have the (..., 1, 1) of a convolution.
         W_k, gain_k: the same of key, whose shift no softmax sees.
         W_v, gain_v, shift_v: (C, C), (C,) and (C,) of value, whose affine map and normalisation act on E.
         W_f, b_f: (C, C) and (C,) of `fuse`; None with one group.
@@ -81,14 +82,17 @@ class LowRankAttention(torch.autograd.Function):
         dtype: torch.dtype,
     ) -> tuple[Tensor | None, ...]:
         """See the class."""
+        weights = W_q, W_k, W_v, W_f
         with no_autocast(x):
+            W_q, W_k, W_v, W_f = matrices(weights)
             grid = LandmarkGrid(x.shape[2], x.shape[3], landmarks, x.device)
             positions = positions_of(x, grid, groups, way, dtype)
             Q, K = positions.project(W_q, W_k)  # B, C', n
             normal_q = Normalisation.over(positions, Q, gain_q, shift_q, eps, everywhere)
-            normal_k = Normalisation.over(positions, K, gain_k, torch.zeros_like(gain_k), eps, everywhere)
-            guard = logit_guard(normal_q.largest(Q), normal_k.largest(K))
-            marks = positions.landmarks(Q, K, normal_q.scale, normal_q.offset, normal_k.scale * guard)
+            normal_k = Normalisation.over(positions, K, gain_k, None, eps, everywhere)
+            guard = logit_guard(normal_q.largest(Q, gain_q, shift_q), normal_k.largest(K, gain_k, None))
+            affine = normal_q.scale, normal_q.offset, normal_k.scale * guard
+            marks = positions.landmarks(Q, K, *affine)
             gathered = positions.gather(K, marks.for_keys, W_v)
             E = positions.values(gathered.rows, W_v) if way.at_landmarks else gathered.rows  # B, groups, m, c
             normal_v = Normalisation.over(positions, E.mT.flatten(1, 2), gain_v, shift_v, eps, everywhere)
@@ -97,16 +101,18 @@ class LowRankAttention(torch.autograd.Function):
             source = fuse_at_landmarks(positions, Z, W_f, b_f)  # B, groups, m, C or c
             W, b = (None, None) if way.at_landmarks else (W_f, b_f)
             out, mean = positions.spread(Spread(Q, marks.for_queries, marks.bias, source, W, b, alpha), pooled)
-        statistics = [one for normal in (normal_q, normal_k, normal_v) for one in (normal.mean, normal.variance)]
+        normals = normal_q, normal_k, normal_v
         ctx.save_for_backward(
-            *(x, W_q, gain_q, shift_q, W_k, gain_k, W_v, gain_v, shift_v, W_f, b_f, alpha, *statistics, inverse),
+            *(x, *weights, b_f, alpha, guard, inverse),
+            *(one for normal in normals for one in normal.tensors),
             *((Q, K) if way.keeps_projections else (None, None)),
             *(gathered if way.keeps_gathered else (None, None, None)),
             E if way.keeps_values else None,
             source if way.keeps_fused else None,
         )
-        ctx.settings = grid, way, groups, floor, eps, everywhere, dtype
+        ctx.settings = grid, way, groups, floor, dtype, [(normal.count, everywhere) for normal in normals]
         ctx.output = Output(positions, out)
+        statistics = [one for normal in normals for one in (normal.mean, normal.variance)]
         ctx.mark_non_differentiable(*(one for one in statistics if one is not None))
         return out, mean, *statistics
 
@@ -114,22 +120,20 @@ class LowRankAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor, grad_mean: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
         """From the gradients of the two outputs to those of x and of each parameter."""
-        x, W_q, gain_q, shift_q, W_k, gain_k, W_v, gain_v, shift_v, W_f, b_f, alpha, *others = ctx.saved_tensors
-        mean_q, variance_q, mean_k, variance_k, mean_e, variance_e, inverse, Q, K, *kept, E, source = others
-        grid, way, groups, floor, eps, everywhere, dtype = ctx.settings
+        x, *weights, b_f, alpha, guard, inverse = ctx.saved_tensors[:9]
+        *of_normals, Q, K, rows, V, log_sum, E, source = ctx.saved_tensors[9:]
+        grid, way, groups, floor, dtype, counts = ctx.settings
+        normal_q, normal_k, normal_v = (
+            Normalisation(*of_normals[4 * i : 4 * i + 4], None, *one) for i, one in enumerate(counts)
+        )
         with no_autocast(x):
+            W_q, W_k, W_v, W_f = matrices(weights)
             positions = positions_of(x, grid, groups, way, dtype)
             if Q is None:
                 Q, K = positions.project(W_q, W_k)
-            B, _, n = Q.shape
-            images = B * (world_size() if everywhere else 1)
-            normal_q = Normalisation(gain_q, shift_q, mean_q, variance_q, eps, images * n, everywhere)
-            normal_k = Normalisation(gain_k, torch.zeros_like(gain_k), mean_k, variance_k, eps, images * n, everywhere)
-            normal_v = Normalisation(gain_v, shift_v, mean_e, variance_e, eps, images * grid.m, everywhere)
-            guard = logit_guard(normal_q.largest(Q), normal_k.largest(K))
             affine = normal_q.scale, normal_q.offset, normal_k.scale * guard
             marks = positions.landmarks(Q, K, *affine)
-            gathered = Gathered(*kept) if way.keeps_gathered else positions.gather(K, marks.for_keys, W_v)
+            gathered = Gathered(rows, V, log_sum) if way.keeps_gathered else positions.gather(K, marks.for_keys, W_v)
             if E is None:
                 E = positions.values(gathered.rows, W_v) if way.at_landmarks else gathered.rows
             Z = positions.solve(inverse, E, normal_v.scale, normal_v.offset)
@@ -160,14 +164,16 @@ class LowRankAttention(torch.autograd.Function):
             # Q and K.
             d_marks = positions.landmarks_backward(marks, affine, floor, (Z, d_E), d_for_keys, spread)
             d_gain_q, d_shift_q, slope_q, constant_q = normal_q.backward(d_marks.scale_q, d_marks.offset_q)
-            no_offset = torch.zeros_like(d_marks.scale_k)
-            d_gain_k, _no_shift, slope_k, constant_k = normal_k.backward(d_marks.scale_k * guard, no_offset)
+            d_gain_k, _no_shift, slope_k, constant_k = normal_k.backward(d_marks.scale_k * guard, None)
             d_W_q, d_W_k = positions.project_backward(
                 spread.x,
                 ProjectionGradient(W_q, Q, spread.Q, slope_q, constant_q, d_marks.share_q),
                 ProjectionGradient(W_k, K, d_K, slope_k, constant_k, d_marks.share_k),
             )
         d_x, d_alpha = spread.x.to(x.dtype).view_as(x), spread.alpha
+        d_W_q, d_W_k, d_W_v, d_W_f = (
+            None if d is None else d.view_as(W) for d, W in zip((d_W_q, d_W_k, d_W_v, d_W_f), weights, strict=True)
+        )
         return (
             *(d_x, d_W_q, d_gain_q, d_shift_q, d_W_k, d_gain_k, d_W_v, d_gain_v, d_shift_v, d_W_f, d_b_f, d_alpha),
             *(None,) * 8,
@@ -178,34 +184,39 @@ class Normalisation:
     """Batch norm as the affine map a channel that it is, ``scale * features + offset``.
 
     Attributes:
-        scale, offset: (channels,); with `eps` None they are `gain` and `shift` themselves.
-        mean, variance: (channels,) of the batch, biased; None with `eps` None.
+        scale: (channels,).
+        offset: (channels,); None where nobody sees it.
+        mean, inverse_deviation: (channels,) of the features; None where statistics have no part in it.
+        variance: (channels,), biased; None too in a backward pass.
+        count: of values a channel.
+        everywhere: whether statistics are of the features of all processes.
     """
 
     def __init__(
         self,
-        gain: Tensor,
-        shift: Tensor,
+        scale: Tensor,
+        offset: Tensor | None,
         mean: Tensor | None,
+        inverse_deviation: Tensor | None,
         variance: Tensor | None,
-        eps: float | None,
         count: int,
         everywhere: bool,
     ) -> None:
-        self.gain, self.shift, self.count, self.everywhere = gain, shift, count, everywhere
-        self.mean, self.variance = mean, variance
-        self.scale, self.offset = gain, shift
-        self.inverse_deviation: Tensor | None = None
-        if mean is not None and variance is not None and eps is not None:
-            self.inverse_deviation = (variance + eps).rsqrt()
-            self.scale = gain * self.inverse_deviation
-            self.offset = shift - self.scale * mean
+        self.tensors = scale, offset, mean, inverse_deviation
+        self.scale, self.offset, self.mean, self.inverse_deviation = self.tensors
+        self.variance, self.count, self.everywhere = variance, count, everywhere
 
     @classmethod
     def over(
-        cls, positions: Positions, features: Tensor, gain: Tensor, shift: Tensor, eps: float | None, everywhere: bool
+        cls,
+        positions: Positions,
+        features: Tensor,
+        gain: Tensor,
+        shift: Tensor | None,
+        eps: float | None,
+        everywhere: bool,
     ) -> Normalisation:
-        """By the statistics of `features`, (B, channels, positions); without any where `eps` is None.
+        """By the statistics of `features`, (B, channels, positions); gain and shift alone where `eps` is None.
 
         `everywhere`: of the features of all processes.
         """
@@ -215,28 +226,44 @@ class Normalisation:
         mean, deviations = positions.moments(features)
         if everywhere:
             mean, deviations, count = over_processes(mean, deviations, count)
-        return cls(gain, shift, mean, deviations / count, eps, count, everywhere)
+        variance = deviations / count
+        inverse_deviation = (variance + eps).rsqrt_()
+        scale = gain * inverse_deviation
+        offset = None if shift is None else torch.addcmul(shift, scale, mean, value=-1)
+        return cls(scale, offset, mean, inverse_deviation, variance, count, everywhere)
 
-    def largest(self, features: Tensor) -> Tensor:
+    def largest(self, features: Tensor, gain: Tensor, shift: Tensor | None) -> Tensor:
         """A bound on the size of any normalised feature, from the raw ones, of any shape: scalar."""
         if self.inverse_deviation is not None:  # none is further from the mean of N than sqrt(N) deviations
-            return (self.count**0.5 * self.gain.abs() + self.shift.abs()).amax()
-        low, high = torch.aminmax(features)
-        return (torch.maximum(-low, high).to(self.scale.dtype) * self.scale.abs() + self.offset.abs()).amax()
+            bounds = self.count**0.5 * gain.abs()
+        else:
+            low, high = torch.aminmax(features)
+            bounds = torch.maximum(-low, high).to(gain.dtype) * gain.abs()
+        return (bounds if shift is None else bounds.add_(shift.abs())).amax()
 
-    def backward(self, d_scale: Tensor, d_offset: Tensor) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    def backward(
+        self, d_scale: Tensor, d_offset: Tensor | None
+    ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
         """Gradients of gain and shift, and (slope, constant): what each feature's gradient gets through mean and
-        variance is ``slope * feature + constant``. All (channels,)."""
+        variance is ``slope * feature + constant``. All (channels,); `d_offset` None is 0."""
         if self.inverse_deviation is None or self.mean is None:
             return d_scale, d_offset, None, None
-        d_scale = d_scale - d_offset * self.mean  # offset = shift - scale * mean
+        if d_offset is not None:
+            d_scale = torch.addcmul(d_scale, d_offset, self.mean, value=-1)  # offset = shift - scale * mean
         d_gain, d_shift = d_scale * self.inverse_deviation, d_offset
         if self.everywhere:  # mean and variance act on every process's features
-            d_scale, d_offset = sum_over_processes(d_scale, d_offset)
-        d_variance = -0.5 * d_scale * self.scale * self.inverse_deviation.square()
-        d_mean = -d_offset * self.scale
-        slope = 2 * d_variance / self.count
-        return d_gain, d_shift, slope, d_mean / self.count - slope * self.mean
+            d_scale, *rest = sum_over_processes(*(one for one in (d_scale, d_offset) if one is not None))
+            d_offset = rest[0] if rest else None
+        # From the gradients of the variance, -1/2 d_scale scale / (variance + eps), and of the mean, -d_offset scale.
+        per_value = self.scale / -self.count
+        slope = per_value * d_scale * self.inverse_deviation.square()
+        constant = -slope * self.mean
+        return d_gain, d_shift, slope, constant if d_offset is None else constant.addcmul_(per_value, d_offset)
+
+
+def matrices(weights: Sequence[Tensor | None]) -> list[Any]:
+    """Of 1x1 convolutions the weights (C_out, C); what is None stays."""
+    return [None if weight is None else weight.flatten(1) for weight in weights]
 
 
 def fuse_at_landmarks(positions: Positions, Z: Tensor, W_f: Tensor | None, b_f: Tensor | None) -> Tensor:
