@@ -336,11 +336,15 @@ struct Shape {
 
 namespace {
 
+constexpr long SHORT = 96, LONG = 192;
+
 // Positions of a tile: as many as let the cache of one core hold all that a pass computes at them, for which it reads
-// long runs of memory.
-long tile_of(const Shape& s) {
+// long runs of memory. At least `least`, as a pass reads and writes again what it adds up, (C, m), with each tile; but
+// an image is no single tile where that leaves a worker without one.
+long tile_of(const Shape& s, long least) {
     long fitting = (1 << 20) / sizeof(float) * 9 / 10 / (4 * s.C + 2 * s.groups * s.m);
-    return std::min((s.n + 31) / 32 * 32, std::max(96L, std::min(192L, fitting / 32 * 32)));
+    if (s.n <= least && s.B % s.workers) least = SHORT;
+    return std::min((s.n + 31) / 32 * 32, std::max(least, std::min(LONG, fitting / 32 * 32)));
 }
 
 // Calls work(worker) for each worker, on a thread of its own and with fresh worker_memory.
@@ -358,8 +362,8 @@ void each_worker(long workers, const Work& work) {
 // the cache what that one used last.
 class Shares {
   public:
-    Shares(const Shape& s, bool backwards)
-        : T(tile_of(s)), n(s.n), images(s.B), workers(s.workers), backwards(backwards), first_of(s.workers + 1) {
+    Shares(const Shape& s, bool backwards, long least = SHORT)
+        : T(tile_of(s, least)), n(s.n), images(s.B), workers(s.workers), backwards(backwards), first_of(s.workers + 1) {
         long tiles = (s.n + T - 1) / T;
         for (long worker = 0; worker < workers; worker++) {
             long begin = s.B * tiles * worker / workers, end = s.B * tiles * (worker + 1) / workers;
@@ -570,7 +574,7 @@ void moments(const Shape* shape, const real* features, long channels, long n, re
 void gather(const Shape* shape, const real* X, const real* K, const real* for_keys, const real* W_v, real* V,
             real* gathered, real* log_sum) {
     const Shape& s = *shape;
-    Shares shares(s, true);
+    Shares shares(s, true, LONG);
     const long T = shares.T;
     long d = s.d, c = s.C / s.groups, wide = padded(s.m), all = s.groups * wide;
     long heads = s.at_landmarks ? s.groups : 1, width = heads * wide;
@@ -726,7 +730,7 @@ void spread(const Shape* shape, const real* X, const real* Q, const real* for_qu
             const int64_t* landmark_of, const real* source, const real* W_f, const real* b_f, const real* alpha,
             real* out, real* mean) {
     const Shape& s = *shape;
-    Shares shares(s, false);
+    Shares shares(s, false, s.n <= LONG ? LONG : SHORT);
     const long T = shares.T;
     long marks = s.groups * s.m, columns = s.at_landmarks ? s.C : s.C / s.groups;
     caller_memory.reset();
@@ -774,7 +778,7 @@ void spread_backward(const Shape* shape, const real* X, const real* Q, const rea
                      real* d_Q, real* d_source, real* d_for_queries, real* d_bias, real* d_alpha, real* d_W_f,
                      real* d_b_f) {
     const Shape& s = *shape;
-    Shares shares(s, true);
+    Shares shares(s, true, s.n <= LONG ? LONG : SHORT);
     const long T = shares.T;
     long d = s.d, c = s.C / s.groups, wide = padded(s.m), deep = padded(d), marks = s.groups * s.m;
     long heads = s.at_landmarks ? s.groups : 1, width = heads * wide, square = W_f ? s.C * padded(s.C) : 0;
