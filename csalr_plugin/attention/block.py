@@ -153,7 +153,7 @@ class AttentionBlock(nn.Module, ABC):
 
 
 class Unseen(torch.autograd.Function):
-    """The first tensor, which the others, parameters that change nothing, get a gradient by: it is 0, not missing.
+    """The first tensor; through it the others, parameters that change nothing, get a gradient: 0, not none.
 
     A process that waits for every parameter's gradient, or an optimizer with weight decay, would treat a missing one
     differently.

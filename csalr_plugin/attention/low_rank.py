@@ -120,12 +120,14 @@ class LowRankAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor, grad_mean: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
         """From the gradients of the two outputs to those of x and of each parameter."""
-        x, *weights, b_f, alpha, guard, inverse = ctx.saved_tensors[:9]
-        *of_normals, Q, K, rows, V, log_sum, E, source = ctx.saved_tensors[9:]
+        saved = ctx.saved_tensors
+        x, *weights, b_f, alpha, guard, inverse = saved[:9]
+        *of_normals, Q, K, rows, V, log_sum, E, source = saved[9:]
         grid, way, groups, floor, dtype, counts = ctx.settings
-        normal_q, normal_k, normal_v = (
-            Normalisation(*of_normals[4 * i : 4 * i + 4], None, *one) for i, one in enumerate(counts)
-        )
+        normal_q, normal_k, normal_v = [
+            Normalisation(of_normals[4 * i : 4 * i + 4], None, count, everywhere)
+            for i, (count, everywhere) in enumerate(counts)
+        ]
         with no_autocast(x):
             W_q, W_k, W_v, W_f = matrices(weights)
             positions = positions_of(x, grid, groups, way, dtype)
@@ -171,11 +173,12 @@ class LowRankAttention(torch.autograd.Function):
                 ProjectionGradient(W_k, K, d_K, slope_k, constant_k, d_marks.share_k),
             )
         d_x, d_alpha = spread.x.to(x.dtype).view_as(x), spread.alpha
-        d_W_q, d_W_k, d_W_v, d_W_f = (
-            None if d is None else d.view_as(W) for d, W in zip((d_W_q, d_W_k, d_W_v, d_W_f), weights, strict=True)
+        of_q, of_k, of_v, of_f = (
+            None if d_W is None else d_W.view_as(weight)
+            for d_W, weight in zip((d_W_q, d_W_k, d_W_v, d_W_f), weights, strict=True)
         )
         return (
-            *(d_x, d_W_q, d_gain_q, d_shift_q, d_W_k, d_gain_k, d_W_v, d_gain_v, d_shift_v, d_W_f, d_b_f, d_alpha),
+            *(d_x, of_q, d_gain_q, d_shift_q, of_k, d_gain_k, of_v, d_gain_v, d_shift_v, of_f, d_b_f, d_alpha),
             *(None,) * 8,
         )
 
@@ -183,27 +186,17 @@ class LowRankAttention(torch.autograd.Function):
 class Normalisation:
     """Batch norm as the affine map a channel that it is, ``scale * features + offset``.
 
-    Attributes:
-        scale: (channels,).
-        offset: (channels,); None where nobody sees it.
-        mean, inverse_deviation: (channels,) of the features; None where statistics have no part in it.
-        variance: (channels,), biased; None too in a backward pass.
+    Args:
+        tensors: (channels,) each: scale; offset, or None where nobody sees it; mean of the features and the inverse of
+            their deviation, or None where statistics have no part in it.
+        variance: (channels,), biased; None there, too, and in a backward pass.
         count: of values a channel.
         everywhere: whether statistics are of the features of all processes.
     """
 
-    def __init__(
-        self,
-        scale: Tensor,
-        offset: Tensor | None,
-        mean: Tensor | None,
-        inverse_deviation: Tensor | None,
-        variance: Tensor | None,
-        count: int,
-        everywhere: bool,
-    ) -> None:
-        self.tensors = scale, offset, mean, inverse_deviation
-        self.scale, self.offset, self.mean, self.inverse_deviation = self.tensors
+    def __init__(self, tensors: Sequence[Any], variance: Tensor | None, count: int, everywhere: bool) -> None:
+        self.tensors = tensors  # what a backward pass needs
+        self.scale, self.offset, self.mean, self.inverse_deviation = tensors
         self.variance, self.count, self.everywhere = variance, count, everywhere
 
     @classmethod
@@ -222,7 +215,7 @@ class Normalisation:
         """
         count = len(features) * features.shape[2]
         if eps is None:
-            return cls(gain, shift, None, None, None, count, everywhere)
+            return cls((gain, shift, None, None), None, count, everywhere)
         mean, deviations = positions.moments(features)
         if everywhere:
             mean, deviations, count = over_processes(mean, deviations, count)
@@ -230,7 +223,7 @@ class Normalisation:
         inverse_deviation = (variance + eps).rsqrt_()
         scale = gain * inverse_deviation
         offset = None if shift is None else torch.addcmul(shift, scale, mean, value=-1)
-        return cls(scale, offset, mean, inverse_deviation, variance, count, everywhere)
+        return cls((scale, offset, mean, inverse_deviation), variance, count, everywhere)
 
     def largest(self, features: Tensor, gain: Tensor, shift: Tensor | None) -> Tensor:
         """A bound on the size of any normalised feature, from the raw ones, of any shape: scalar."""
