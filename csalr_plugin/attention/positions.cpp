@@ -82,9 +82,10 @@ constexpr real LEAST_ALPHA = 1. / 64;
 enum class Start { zero, target, scaled };  // what a product is added to: nothing, C, or C times a factor a column
 
 // `rows` rows and `columns` registers of C = start + A B, with A(r, k) at A[r * lda + k], or A[k * lda + r] if turned.
-template <long rows, long columns, bool turned>
+// How it starts is no argument, or the compiler would take all totals through memory before the first product.
+template <long rows, long columns, bool turned, Start start>
 inline void product_in_registers(long K, const real* A, long lda, const real* B, long ldb, real* C, long ldc,
-                                 Start start, const real* factor) {
+                                 const real* factor) {
     vec total[rows][columns];
     for (long r = 0; r < rows; r++)
         for (long j = 0; j < columns; j++) {
@@ -101,29 +102,40 @@ inline void product_in_registers(long K, const real* A, long lda, const real* B,
         for (long j = 0; j < columns; j++) at(C + r * ldc + j * LANES) = total[r][j];
 }
 
-// The rows of C that come in whole blocks of `rows`; returns how many.
-template <long rows, bool turned>
+// The rows of C that come in whole blocks of `rows`; returns how many. The inner loop reads again and again what stays in
+// the cache: rows of A, unless they are too many; then columns of B.
+template <long rows, bool turned, Start start>
 long product_of_rows(long M, long N, long K, const real* A, long lda, const real* B, long ldb, real* C, long ldc,
-                     Start start, const real* factor) {
+                     const real* factor) {
     long done = M / rows * rows;
     long step = turned ? 1 : lda;
-    for (long j = 0; j < N;) {
+    auto blocks = [&](long from, long to, long j) {
         bool two = N - j >= 2 * LANES;
-        for (long i = 0; i < done; i += rows)
-            (two ? product_in_registers<rows, 2, turned> : product_in_registers<rows, 1, turned>)(
-                K, A + i * step, lda, B + j, ldb, C + i * ldc + j, ldc, start, factor ? factor + j : nullptr);
-        j += two ? 2 * LANES : LANES;
-    }
+        for (long i = from; i < to; i += rows)
+            (two ? product_in_registers<rows, 2, turned, start> : product_in_registers<rows, 1, turned, start>)(
+                K, A + i * step, lda, B + j, ldb, C + i * ldc + j, ldc, factor ? factor + j : nullptr);
+    };
+    bool fits = done * K * long(sizeof(real)) <= 1 << 19;  // bytes, half of a core's own cache
+    for (long i = 0; i < done; i += fits ? done : rows)
+        for (long j = 0; j < N; j += 2 * LANES) blocks(i, fits ? done : i + rows, j);
     return done;
+}
+
+template <bool turned, Start start>
+void product_from(long M, long N, long K, const real* A, long lda, const real* B, long ldb, real* C, long ldc,
+                  const real* factor) {
+    long step = turned ? 1 : lda;
+    long done = product_of_rows<ROWS, turned, start>(M, N, K, A, lda, B, ldb, C, ldc, factor);
+    product_of_rows<1, turned, start>(M - done, N, K, A + done * step, lda, B, ldb, C + done * ldc, ldc, factor);
 }
 
 // C = start + A B for (M, K) and (K, N), where N is a multiple of LANES; `turned`: A is stored (K, M).
 template <bool turned>
 void product(long M, long N, long K, const real* A, long lda, const real* B, long ldb, real* C, long ldc,
              Start start = Start::zero, const real* factor = nullptr) {
-    long step = turned ? 1 : lda;
-    long done = product_of_rows<ROWS, turned>(M, N, K, A, lda, B, ldb, C, ldc, start, factor);
-    product_of_rows<1, turned>(M - done, N, K, A + done * step, lda, B, ldb, C + done * ldc, ldc, start, factor);
+    (start == Start::zero     ? product_from<turned, Start::zero>
+     : start == Start::target ? product_from<turned, Start::target>
+                              : product_from<turned, Start::scaled>)(M, N, K, A, lda, B, ldb, C, ldc, factor);
 }
 
 // Tiles
@@ -177,11 +189,11 @@ struct Window {
     }
 };
 
-// (rows, T) of it, zero beyond the end of the image.
+// (rows, T) of it, whole registers of the positions that there are: zero beyond the end of the image.
 void load(const Window<const real>& from, real* tile, long T) {
     for (long r = 0; r < from.rows; r++) {
         const real* row = from[r];
-        for (long t = 0; t < T; t += LANES) {
+        for (long t = 0; t < from.count; t += LANES) {
             from.ahead(r, t);
             at(tile + r * T + t) = read(row + t, from.count - t);
         }
@@ -191,14 +203,14 @@ void load(const Window<const real>& from, real* tile, long T) {
 void store(const real* tile, const Window<real>& to, long T) {
     for (long r = 0; r < to.rows; r++) {
         real* row = to[r];
-        for (long t = 0; t < T; t += LANES) write(at(tile + r * T + t), row + t, to.count - t);
+        for (long t = 0; t < to.count; t += LANES) write(at(tile + r * T + t), row + t, to.count - t);
     }
 }
 
 void add(const real* tile, const Window<real>& to, long T) {
     for (long r = 0; r < to.rows; r++) {
         real* row = to[r];
-        for (long t = 0; t < T; t += LANES) {
+        for (long t = 0; t < to.count; t += LANES) {
             to.ahead(r, t);
             write(read(row + t, to.count - t) + at(tile + r * T + t), row + t, to.count - t);
         }
@@ -235,10 +247,6 @@ void transpose(const real* from, long rows, long columns, long stride, real* to,
         }
 }
 
-void transpose(const real* tile, long rows, real* turned, long width, long T) {
-    transpose(tile, rows, T, T, turned, width);
-}
-
 // What m landmarks have, at a register of positions. Neighbours' landmarks mostly stand together, and are shuffled.
 class Lookup {
   public:
@@ -262,9 +270,9 @@ class Lookup {
     wholes lanes{};
 };
 
-// Softmax over the rows of each column of (m, T), to which `bias`, (m,), is added before.
-void softmax_of_columns(real* logits, const real* bias, long m, long T) {
-    for (real* column = logits; column < logits + T; column += LANES) {
+// Softmax over the rows of each of N columns of (m, T), to which `bias`, (m,), is added before.
+void softmax_of_columns(real* logits, const real* bias, long m, long N, long T) {
+    for (real* column = logits; column < logits + N; column += LANES) {
         vec top = at(column) + bias[0];
         for (long k = 1; k < m; k++) top = larger(top, at(column + k * T) + bias[k]);
         vec total{};
@@ -276,8 +284,8 @@ void softmax_of_columns(real* logits, const real* bias, long m, long T) {
 }
 
 // The gradient of the logits from that of their softmax over rows, in place.
-void softmax_of_columns_backward(real* gradient, const real* probabilities, long m, long T) {
-    for (long t = 0; t < T; t += LANES) {
+void softmax_of_columns_backward(real* gradient, const real* probabilities, long m, long N, long T) {
+    for (long t = 0; t < N; t += LANES) {
         vec total{};
         for (long k = 0; k < m; k++) total += at(gradient + k * T + t) * at(probabilities + k * T + t);
         for (long k = 0; k < m; k++)
@@ -317,6 +325,7 @@ struct Tile {
     const Segment& part;
     long first, count;  // positions
     bool fresh;         // the first of its segment
+    long N = padded(count);  // of what is computed: whole registers
 
     // Its place in a tensor (B, rows, n).
     template <class Number>
@@ -336,15 +345,12 @@ struct Shape {
 
 namespace {
 
-constexpr long SHORT = 96, LONG = 192;
-
-// Positions of a tile: as many as let the cache of one core hold all that a pass computes at them, for which it reads
-// long runs of memory. At least `least`, as a pass reads and writes again what it adds up, (C, m), with each tile; but
-// an image is no single tile where that leaves a worker without one.
-long tile_of(const Shape& s, long least) {
-    long fitting = (1 << 20) / sizeof(float) * 9 / 10 / (4 * s.C + 2 * s.groups * s.m);
-    if (s.n <= least && s.B % s.workers) least = SHORT;
-    return std::min((s.n + 31) / 32 * 32, std::max(least, std::min(LONG, fitting / 32 * 32)));
+// Positions of a tile: long runs of memory, yet what a pass computes at them stays in the cache of a core or close to it.
+// Half as many where workers would not share them out evenly.
+long tile_of(const Shape& s) {
+    constexpr long T = 192;
+    bool even = s.B * ((s.n + T - 1) / T) % s.workers == 0;
+    return std::min(padded(s.n), even ? T : T / 2);
 }
 
 // Calls work(worker) for each worker, on a thread of its own and with fresh worker_memory.
@@ -362,8 +368,8 @@ void each_worker(long workers, const Work& work) {
 // the cache what that one used last.
 class Shares {
   public:
-    Shares(const Shape& s, bool backwards, long least = SHORT)
-        : T(tile_of(s, least)), n(s.n), images(s.B), workers(s.workers), backwards(backwards), first_of(s.workers + 1) {
+    Shares(const Shape& s, bool backwards)
+        : T(tile_of(s)), n(s.n), images(s.B), workers(s.workers), backwards(backwards), first_of(s.workers + 1) {
         long tiles = (s.n + T - 1) / T;
         for (long worker = 0; worker < workers; worker++) {
             long begin = s.B * tiles * worker / workers, end = s.B * tiles * (worker + 1) / workers;
@@ -456,10 +462,10 @@ void add_up_images(long images, long columns, const real* parts, real* target) {
 // What group g adds its gradient of queries or keys to: nothing, or what the groups before it wrote to these channels.
 Start start_of_group(const Shape& s, long g) { return g && !s.step ? Start::target : Start::zero; }
 
-// total (C, C) += left right^T for (C, T) each; `turned` is scratch, (T, padded(C)), zero beyond C.
-void add_outer(long C, const real* left, const real* right, real* turned, real* total, long T) {
-    transpose(right, C, turned, padded(C), T);
-    product<false>(C, padded(C), T, left, T, turned, padded(C), total, padded(C), Start::target);
+// total (C, C) += left right^T over N columns of (C, T) each; `turned` is scratch, (T, padded(C)), zero beyond C.
+void add_outer(long C, const real* left, const real* right, real* turned, real* total, long N, long T) {
+    transpose(right, C, N, T, turned, padded(C));
+    product<false>(C, padded(C), N, left, T, turned, padded(C), total, padded(C), Start::target);
 }
 
 // A_nm = S_nm + P of Eq. 15, transposed: (groups m, T). `own`: the entries of S_nm to which P adds 1,
@@ -469,8 +475,8 @@ void map_of_queries(const Shape& s, const real* q, const real* for_queries, cons
     long d = s.d;
     for (long g = 0; g < s.groups; g++) {
         real* map = A + g * s.m * T;
-        product<true>(s.m, T, d, for_queries + g * d * s.m, s.m, q + g * s.step * T, T, map, T);
-        softmax_of_columns(map, bias + g * s.m, s.m, T);
+        product<true>(s.m, tile.N, d, for_queries + g * d * s.m, s.m, q + g * s.step * T, T, map, T);
+        softmax_of_columns(map, bias + g * s.m, s.m, tile.N, T);
         if (!landmark_of) continue;
         for (long t = 0; t < tile.count; t++) {
             real& entry = map[landmark_of[tile.first + t] * T + t];
@@ -480,20 +486,20 @@ void map_of_queries(const Shape& s, const real* q, const real* for_queries, cons
     }
 }
 
-// O of Eq. 17, (C, T), unless null, and U, (C, T), what `fuse` acts on where that is at positions.
+// O of Eq. 17, N columns of (C, T), unless null, and U, what `fuse` acts on where that is at positions.
 void attend(const Shape& s, const real* A, const real* source, const real* W_f, const real* b_f, real* U, real* O,
-            long T) {
+            long N, long T) {
     if (s.at_landmarks) {
-        if (O) product<false>(s.C, T, s.groups * s.m, source, s.groups * s.m, A, T, O, T);
+        if (O) product<false>(s.C, N, s.groups * s.m, source, s.groups * s.m, A, T, O, T);
         return;
     }
     long c = s.C / s.groups;
     real* target = W_f ? U : O;
     for (long g = 0; target && g < s.groups; g++)
-        product<false>(c, T, s.m, source + g * c * s.m, s.m, A + g * s.m * T, T, target + g * c * T, T);
+        product<false>(c, N, s.m, source + g * c * s.m, s.m, A + g * s.m * T, T, target + g * c * T, T);
     if (!W_f || !O) return;
-    for (long row = 0; row < s.C; row++) std::fill(O + row * T, O + (row + 1) * T, b_f[row]);
-    product<false>(s.C, T, s.C, W_f, s.C, U, T, O, T, Start::target);
+    for (long row = 0; row < s.C; row++) std::fill(O + row * T, O + row * T + N, b_f[row]);
+    product<false>(s.C, N, s.C, W_f, s.C, U, T, O, T, Start::target);
 }
 
 }  // namespace
@@ -509,9 +515,9 @@ void project(const Shape* shape, const real* X, const real* W_q, const real* W_k
         real *x = worker_memory.take(s.C * T), *y = worker_memory.take(s.D * T);
         tiles([&](const Tile& tile) {
             load(tile.of(X, s.C, s.n), x, T);
-            product<false>(s.D, T, s.C, W_q, s.C, x, T, y, T);
+            product<false>(s.D, tile.N, s.C, W_q, s.C, x, T, y, T);
             store(y, tile.of(Q, s.D, s.n), T);
-            product<false>(s.D, T, s.C, W_k, s.C, x, T, y, T);
+            product<false>(s.D, tile.N, s.C, W_k, s.C, x, T, y, T);
             store(y, tile.of(K, s.D, s.n), T);
         });
     });
@@ -574,7 +580,7 @@ void moments(const Shape* shape, const real* features, long channels, long n, re
 void gather(const Shape* shape, const real* X, const real* K, const real* for_keys, const real* W_v, real* V,
             real* gathered, real* log_sum) {
     const Shape& s = *shape;
-    Shares shares(s, true, LONG);
+    Shares shares(s, true);
     const long T = shares.T;
     long d = s.d, c = s.C / s.groups, wide = padded(s.m), all = s.groups * wide;
     long heads = s.at_landmarks ? s.groups : 1, width = heads * wide;
@@ -596,11 +602,11 @@ void gather(const Shape* shape, const real* X, const real* K, const real* for_ke
             for (long row = 0; keys_of != part.image && row < s.groups * d; row++)
                 std::memcpy(keys + row * wide, for_keys + (part.image * s.groups * d + row) * s.m, s.m * sizeof(real));
             keys_of = part.image;
-            if (!s.at_landmarks) product<false>(s.C, T, s.C, W_v, s.C, x, T, v, T);
+            if (!s.at_landmarks) product<false>(s.C, tile.N, s.C, W_v, s.C, x, T, v, T);
             if (V) store(v, tile.of(V, s.C, s.n), T);
             for (long g = 0; g < s.groups; g++) {
                 long here = part.index * all + g * wide;
-                product<true>(T, wide, d, k + g * s.step * T, T, keys + g * d * wide, wide, S, wide);  // T, m
+                product<true>(tile.N, wide, d, k + g * s.step * T, T, keys + g * d * wide, wide, S, wide);  // T, m
                 for (long j = 0; j < wide; j += LANES) {  // a maximum so far, and all before it scaled to that
                     vec top = at(tops + here + j), total{};
                     for (long t = 0; t < tile.count; t++) top = larger(top, at(S + t * wide + j));
@@ -681,38 +687,38 @@ void gather_backward(const Shape* shape, const real* X, const real* features, co
         real *S = worker_memory.take(marks * T), *d_S = worker_memory.take(marks * T);
         real *k_turned = worker_memory.zeros(T * deep), *x_turned = worker_memory.zeros(T * padded(s.C));
         tiles([&](const Tile& tile) {
-            long b = tile.part.image;
+            long b = tile.part.image, N = tile.N;
             const real* rows = d_gathered + b * marks * (s.at_landmarks ? s.C : c);
             load(tile.of(features, s.C, s.n), v, T);
             load(tile.of(K, s.D, s.n), k, T);
-            if (s.at_landmarks) product<true>(marks, T, s.C, rows, marks, v, T, d_S, T);
+            if (s.at_landmarks) product<true>(marks, N, s.C, rows, marks, v, T, d_S, T);
             for (long g = 0; g < s.groups; g++) {
                 const real* keys = for_keys + (b * s.groups + g) * d * s.m;
                 real *map = S + g * s.m * T, *d_map = d_S + g * s.m * T;
-                product<true>(s.m, T, d, keys, s.m, k + g * s.step * T, T, map, T);
+                product<true>(s.m, N, d, keys, s.m, k + g * s.step * T, T, map, T);
                 if (!s.at_landmarks)
-                    product<true>(s.m, T, c, rows + g * c * s.m, s.m, v + g * c * T, T, d_map, T);
+                    product<true>(s.m, N, c, rows + g * c * s.m, s.m, v + g * c * T, T, d_map, T);
                 for (long row = 0; row < s.m; row++) {
                     long here = b * marks + g * s.m + row;
-                    for (long t = row * T; t < (row + 1) * T; t += LANES) {
+                    for (long t = row * T; t < row * T + N; t += LANES) {
                         vec power = at(map + t) - log_sum[here];
                         at(map + t) = exponential(power > 0 ? vec{} : power);  // above 0 beyond the image's end
                         at(d_map + t) = at(map + t) * (at(d_map + t) - dots[here]);
                     }
                 }
-                product<false>(d, T, s.m, keys, s.m, d_map, T, d_k + g * s.step * T, T, start_of_group(s, g));
-                transpose(k + g * s.step * T, d, k_turned, deep, T);
-                product<false>(s.m, deep, T, d_map, T, k_turned, deep,
+                product<false>(d, N, s.m, keys, s.m, d_map, T, d_k + g * s.step * T, T, start_of_group(s, g));
+                transpose(k + g * s.step * T, d, N, T, k_turned, deep);
+                product<false>(s.m, deep, N, d_map, T, k_turned, deep,
                                of_keys + (tile.part.index * marks + g * s.m) * deep, deep, tile.start());
                 if (!s.at_landmarks)
-                    product<false>(c, T, s.m, rows + g * c * s.m, s.m, map, T, d_v + g * c * T, T);
+                    product<false>(c, N, s.m, rows + g * c * s.m, s.m, map, T, d_v + g * c * T, T);
             }
             if (s.at_landmarks) {
-                product<false>(s.C, T, marks, rows, marks, S, T, d_tile, T);
+                product<false>(s.C, N, marks, rows, marks, S, T, d_tile, T);
             } else {
                 load(tile.of(X, s.C, s.n), x, T);
-                add_outer(s.C, d_v, x, x_turned, of_value + worker * square, T);
-                product<true>(s.C, T, s.C, W_v, s.C, d_v, T, d_tile, T);
+                add_outer(s.C, d_v, x, x_turned, of_value + worker * square, N, T);
+                product<true>(s.C, N, s.C, W_v, s.C, d_v, T, d_tile, T);
             }
             store(d_k, tile.of(d_K, s.D, s.n), T);
             add(d_tile, tile.of(d_x, s.C, s.n), T);
@@ -730,7 +736,7 @@ void spread(const Shape* shape, const real* X, const real* Q, const real* for_qu
             const int64_t* landmark_of, const real* source, const real* W_f, const real* b_f, const real* alpha,
             real* out, real* mean) {
     const Shape& s = *shape;
-    Shares shares(s, false, s.n <= LONG ? LONG : SHORT);
+    Shares shares(s, false);
     const long T = shares.T;
     long marks = s.groups * s.m, columns = s.at_landmarks ? s.C : s.C / s.groups;
     caller_memory.reset();
@@ -744,14 +750,14 @@ void spread(const Shape* shape, const real* X, const real* Q, const real* for_qu
             load(tile.of(Q, s.D, s.n), q, T);
             const real* queries = for_queries + b * s.groups * s.d * s.m;
             map_of_queries(s, q, queries, bias + b * marks, landmark_of, tile, A, own, T);
-            attend(s, A, source + b * marks * columns, W_f, b_f, U, O, T);
+            attend(s, A, source + b * marks * columns, W_f, b_f, U, O, tile.N, T);
             auto x = tile.of(X, s.C, s.n);
             auto to = tile.of(out, s.C, s.n);
             for (long row = 0; row < s.C; row++) {
                 const real *from = x[row], *o = O + row * T;
                 real* target = to[row];
                 vec total{};
-                for (long t = 0; t < T; t += LANES) {
+                for (long t = 0; t < tile.count; t += LANES) {
                     x.ahead(row, t);
                     vec one = read(from + t, tile.count - t), other = at(o + t);
                     total += one * other;
@@ -778,7 +784,7 @@ void spread_backward(const Shape* shape, const real* X, const real* Q, const rea
                      real* d_Q, real* d_source, real* d_for_queries, real* d_bias, real* d_alpha, real* d_W_f,
                      real* d_b_f) {
     const Shape& s = *shape;
-    Shares shares(s, true, s.n <= LONG ? LONG : SHORT);
+    Shares shares(s, true);
     const long T = shares.T;
     long d = s.d, c = s.C / s.groups, wide = padded(s.m), deep = padded(d), marks = s.groups * s.m;
     long heads = s.at_landmarks ? s.groups : 1, width = heads * wide, square = W_f ? s.C * padded(s.C) : 0;
@@ -793,21 +799,21 @@ void spread_backward(const Shape* shape, const real* X, const real* Q, const rea
     real* of_alpha = caller_memory.zeros(s.workers);
     shares.each([&](long worker, const auto& tiles) {
         real *q = worker_memory.take(s.D * T), *d_q = worker_memory.take(s.D * T);
-        real *A = worker_memory.take(marks * T), *d_A = worker_memory.take(marks * T);
+        real *A = worker_memory.take(marks * T), *d_A = worker_memory.take(s.groups * wide * T);
         real* own = worker_memory.take(s.groups * T);
         real *U = worker_memory.take(s.C * T), *O = worker_memory.take(s.C * T);
         std::fill(of_fuse + worker * square, of_fuse + (worker + 1) * square, real(0));
         real *G = worker_memory.take(s.C * T), *U_turned = worker_memory.zeros(T * padded(s.C));
-        real *A_turned = worker_memory.zeros(T * width), *q_turned = worker_memory.zeros(T * deep);
+        real* q_turned = worker_memory.zeros(T * deep);
         vec alpha_total{};
         tiles([&](const Tile& tile) {
-            long b = tile.part.image;
+            long b = tile.part.image, N = tile.N;
             const real* rows = source + b * marks * (s.at_landmarks ? s.C : c);
             const real* queries = for_queries + b * s.groups * s.d * s.m;
             real* source_total = of_source + tile.part.index * s.C * width;
             load(tile.of(Q, s.D, s.n), q, T);
             map_of_queries(s, q, queries, bias + b * marks, landmark_of, tile, A, own, T);
-            attend(s, A, rows, W_f, b_f, U, out ? nullptr : O, T);
+            attend(s, A, rows, W_f, b_f, U, out ? nullptr : O, N, T);
             auto x = tile.of(X, s.C, s.n), given = tile.of(grad_out, s.C, s.n);
             auto result = tile.of(out ? out : X, s.C, s.n);
             auto to = tile.of(d_x, s.C, s.n);
@@ -816,7 +822,7 @@ void spread_backward(const Shape* shape, const real* X, const real* Q, const rea
                 const real *xs = x[row], *gradients = given[row], *results = out ? result[row] : nullptr;
                 real* target = to[row];
                 vec total{};
-                for (long t = 0; t < T; t += LANES) {
+                for (long t = 0; t < tile.count; t += LANES) {
                     long left = tile.count - t;
                     x.ahead(row, t);
                     given.ahead(row, t);
@@ -833,36 +839,36 @@ void spread_backward(const Shape* shape, const real* X, const real* Q, const rea
             }
             const real* d_U = G;
             if (W_f) {
-                add_outer(s.C, G, U, U_turned, of_fuse + worker * square, T);
-                product<true>(s.C, T, s.C, W_f, s.C, G, T, O, T);
+                add_outer(s.C, G, U, U_turned, of_fuse + worker * square, N, T);
+                product<true>(s.C, N, s.C, W_f, s.C, G, T, O, T);
                 d_U = O;
             }
             if (s.at_landmarks) {
-                for (long g = 0; g < s.groups; g++) transpose(A + g * s.m * T, s.m, A_turned + g * wide, width, T);
-                product<false>(s.C, width, T, d_U, T, A_turned, width, source_total, width, tile.start());
-                product<true>(marks, T, s.C, rows, marks, d_U, T, d_A, T);
+                real* turned = d_A;  // until that is computed
+                for (long g = 0; g < s.groups; g++) transpose(A + g * s.m * T, s.m, N, T, turned + g * wide, width);
+                product<false>(s.C, width, N, d_U, T, turned, width, source_total, width, tile.start());
+                product<true>(marks, N, s.C, rows, marks, d_U, T, d_A, T);
             }
             for (long g = 0; g < s.groups; g++) {
                 real *map = A + g * s.m * T, *d_map = d_A + g * s.m * T;
                 if (!s.at_landmarks) {
                     const real* d_head = d_U + g * c * T;
-                    transpose(map, s.m, A_turned, wide, T);
-                    product<false>(c, wide, T, d_head, T, A_turned, wide, source_total + g * c * wide, wide,
-                                   tile.start());
-                    product<true>(s.m, T, c, rows + g * c * s.m, s.m, d_head, T, d_map, T);
+                    transpose(map, s.m, N, T, d_map, wide);
+                    product<false>(c, wide, N, d_head, T, d_map, wide, source_total + g * c * wide, wide, tile.start());
+                    product<true>(s.m, N, c, rows + g * c * s.m, s.m, d_head, T, d_map, T);
                 }
                 // P away again; a subtraction would lose the digits of small entries.
                 for (long t = 0; landmark_of && t < tile.count; t++)
                     map[landmark_of[tile.first + t] * T + t] = own[g * T + t];
-                softmax_of_columns_backward(d_map, map, s.m, T);
-                product<false>(d, T, s.m, queries + g * d * s.m, s.m, d_map, T, d_q + g * s.step * T, T,
+                softmax_of_columns_backward(d_map, map, s.m, N, T);
+                product<false>(d, N, s.m, queries + g * d * s.m, s.m, d_map, T, d_q + g * s.step * T, T,
                                start_of_group(s, g));
-                transpose(q + g * s.step * T, d, q_turned, deep, T);
+                transpose(q + g * s.step * T, d, N, T, q_turned, deep);
                 long here = tile.part.index * marks + g * s.m;
-                product<false>(s.m, deep, T, d_map, T, q_turned, deep, of_queries + here * deep, deep, tile.start());
+                product<false>(s.m, deep, N, d_map, T, q_turned, deep, of_queries + here * deep, deep, tile.start());
                 for (long k = 0; k < s.m; k++) {
                     vec total{};
-                    for (long t = 0; t < T; t += LANES) total += at(d_map + k * T + t);
+                    for (long t = 0; t < N; t += LANES) total += at(d_map + k * T + t);
                     of_bias[here + k] = (tile.fresh ? 0 : of_bias[here + k]) + sum(total);
                 }
             }
@@ -916,28 +922,30 @@ void project_backward(const Shape* shape, const real* X, const real* W_q, const 
                 for (long row = 0; row < s.D; row++) {
                     const real* share = of_landmarks[side] + (b * s.D + row) * s.m;
                     for (long t = 0; t < tile.count; t += LANES) at(d_y + row * T + t) += lookup[t / LANES](share);
-                    for (long t = row * T; slopes[side] && t < (row + 1) * T; t += LANES)
+                    for (long t = row * T; slopes[side] && t < row * T + tile.N; t += LANES)
                         at(d_y + t) += slopes[side][row] * at(y + t) + constants[side][row];
                 }
-                transpose(d_y, s.D, turned + side * deep, width, T);
+                transpose(d_y, s.D, tile.N, T, turned + side * deep, width);
             }
-            product<false>(s.C, T, 2 * s.D, W_turned, 2 * s.D, d_both, T, d_tile, T);
+            product<false>(s.C, tile.N, 2 * s.D, W_turned, 2 * s.D, d_both, T, d_tile, T);
             load(tile.of(X, s.C, s.n), x, T);
-            product<false>(s.C, width, T, x, T, turned, width, of_weights + worker * s.C * width, width,
+            product<false>(s.C, width, tile.N, x, T, turned, width, of_weights + worker * s.C * width, width,
                            Start::target);
             add(d_tile, tile.of(d_x, s.C, s.n), T);
         });
     });
-    long blocks = deep / LANES;
-    each_worker(s.workers, [&](long worker) {
-        for (long i = 2 * blocks * worker / s.workers; i < 2 * blocks * (worker + 1) / s.workers; i++)
-            for (long row = 0; row < s.C; row++) {
-                vec total{};
+    each_worker(s.workers, [&](long worker) {  // (workers, C, 2, deep) -> (2, D, C), a square of registers at a time
+        long blocks = (s.C + LANES - 1) / LANES;
+        for (long i = blocks * worker / s.workers; i < blocks * (worker + 1) / s.workers; i++)
+            for (long column = 0; column < width; column += LANES) {
+                long row = i * LANES, count = std::min(LANES, s.C - row), side = column / deep, first = column % deep;
+                vec square[LANES]{};
                 for (long part = 0; part < s.workers; part++)
-                    total += at(of_weights + (part * s.C + row) * width + i * LANES);
-                long side = i / blocks, first = i % blocks * LANES;
+                    for (long r = 0; r < count; r++)
+                        square[r] += at(of_weights + (part * s.C + row + r) * width + column);
+                transpose(square);
                 for (long k = first; k < std::min(s.D, first + LANES); k++)
-                    d_W[(side * s.D + k) * s.C + row] = total[k - first];
+                    write(square[k - first], d_W + (side * s.D + k) * s.C + row, count);
             }
     });
 }
@@ -981,26 +989,37 @@ void times_at_landmarks(const Shape* shape, const real* W, long of_rows, long na
 // The gradient of such a weight, (C, C), from that of one side and the other side.
 void times_at_landmarks_backward(const Shape* shape, const real* wide, const real* narrow, long of_rows, real* d_W) {
     const Shape& s = *shape;
-    long c = s.C / s.groups, width = padded(c), units = s.B * s.groups;
-    long block = std::max(ROWS, std::min(128L, s.C * s.groups / s.workers / ROWS * ROWS));  // rows, of `wide`
+    constexpr long PANEL = 2 * LANES;  // columns that lie together in memory, as a product reads them
+    long c = s.C / s.groups, panels = (c + PANEL - 1) / PANEL, units = s.B * s.groups, unit_size = panels * s.m * PANEL;
     caller_memory.reset();
-    real* turned = caller_memory.take(units * s.m * width);  // B, groups, m, c
+    real* turned = caller_memory.take(units * unit_size);  // B, groups, panels, m, PANEL
     each_worker(s.workers, [&](long worker) {
-        for (long i = units * worker / s.workers; i < units * (worker + 1) / s.workers; i++)
-            transpose(narrow + i * c * s.m, c, s.m, s.m, turned + i * s.m * width, width);
+        for (long i = units * panels * worker / s.workers; i < units * panels * (worker + 1) / s.workers; i++) {
+            long first = i % panels * PANEL;
+            transpose(narrow + (i / panels * c + first) * s.m, std::min(PANEL, c - first), s.m, s.m,
+                      turned + i * s.m * PANEL, PANEL);
+        }
     });
-    long blocks = (s.C + block - 1) / block * s.groups;
+    // The share of a worker at a time: `block` rows of `wide` and `some` panels, which it adds up over the batch.
+    long block = std::max(ROWS, std::min(128L, s.C * s.groups / s.workers / ROWS * ROWS)), some = 4;
+    long rows = (s.C + block - 1) / block, columns = (panels + some - 1) / some, shares = s.groups * rows * columns;
     each_worker(s.workers, [&](long worker) {
-        real* total = worker_memory.take(block * width);
-        for (long i = blocks * worker / s.workers; i < blocks * (worker + 1) / s.workers; i++) {
-            long g = i % s.groups, first = i / s.groups * block, count = std::min(block, s.C - first);
+        real* total = worker_memory.take(some * block * PANEL);
+        for (long i = shares * worker / s.workers; i < shares * (worker + 1) / s.workers; i++) {
+            long g = i / (rows * columns), first = i / columns % rows * block, count = std::min(block, s.C - first);
+            long begin = i % columns * some, end = std::min(panels, begin + some);
             for (long b = 0; b < s.B; b++)
-                product<false>(count, width, s.m, wide + place_of(s, false, b, g, first), s.groups * s.m,
-                               turned + (b * s.groups + g) * s.m * width, width, total, width,
-                               b ? Start::target : Start::zero);
-            if (of_rows) transpose(total, count, c, width, d_W + g * c * s.C + first, s.C);
-            for (long row = 0; row < count && !of_rows; row++)
-                std::memcpy(d_W + (first + row) * s.C + g * c, total + row * width, c * sizeof(real));
+                for (long panel = begin; panel < end; panel++)
+                    product<false>(count, PANEL, s.m, wide + place_of(s, false, b, g, first), s.groups * s.m,
+                                   turned + (b * s.groups + g) * unit_size + panel * s.m * PANEL, PANEL,
+                                   total + (panel - begin) * block * PANEL, PANEL, b ? Start::target : Start::zero);
+            for (long panel = begin; panel < end; panel++) {
+                const real* from = total + (panel - begin) * block * PANEL;
+                long column = g * c + panel * PANEL, there = std::min(PANEL, c - panel * PANEL);
+                if (of_rows) transpose(from, count, there, PANEL, d_W + column * s.C + first, s.C);
+                for (long row = 0; row < count && !of_rows; row++)
+                    std::memcpy(d_W + (first + row) * s.C + column, from + row * PANEL, there * sizeof(real));
+            }
         }
     });
 }
