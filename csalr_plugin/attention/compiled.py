@@ -24,6 +24,7 @@ from csalr_plugin.attention.positions import (
     Plan,
     Positions,
     ProjectionGradient,
+    Projections,
     Spread,
     SpreadGradients,
 )
@@ -62,11 +63,12 @@ class CompiledPositions(Positions):
         """See :class:`Positions`; made once a shape, as some ten tensor operations take as long as a small pass."""
         return members_of(grid.height, grid.width, (grid.rows, grid.columns))
 
-    def project(self, W_q: Tensor, W_k: Tensor) -> tuple[Tensor, Tensor]:
+    def project(self, W_q: Tensor, W_k: Tensor, bounded: bool = False) -> Projections:
         """See :class:`Positions`."""
         Q, K = (self._new(len(W), self._n) for W in (W_q, W_k))
-        self._call("project", len(W_q), 0, self.X, W_q, W_k, Q, K)
-        return Q, K
+        largest = self.X.new_empty(2) if bounded else None
+        self._call("project", len(W_q), 0, self.X, W_q, W_k, Q, K, largest)
+        return Projections(Q, K, largest)
 
     def moments(self, features: Tensor) -> tuple[Tensor, Tensor]:
         """See :class:`Positions`."""
@@ -158,11 +160,10 @@ class CompiledPositions(Positions):
         """See :class:`Positions`."""
         return self._at_landmarks(W_f, Z, of_rows=False, narrows=False, bias=b_f / (2 * self.groups))
 
-    def fuse_backward(self, d_source: Tensor, Z: Tensor, W_f: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def fuse_backward(self, d_source: Tensor, Z: Tensor, W_f: Tensor) -> tuple[Tensor, Tensor]:
         """See :class:`Positions`."""
         d_W_f = self._weight_at_landmarks(d_source, Z, of_rows=False)
-        d_b_f = d_source.sum((0, 1, 2)) / (2 * self.groups)
-        return self._at_landmarks(W_f, d_source, of_rows=False, narrows=True), d_W_f, d_b_f
+        return self._at_landmarks(W_f, d_source, of_rows=False, narrows=True), d_W_f
 
     def gather_backward(
         self, d_x: Tensor, K: Tensor, for_keys: Tensor, W_v: Tensor, gathered: Gathered, d_rows: Tensor
@@ -192,7 +193,8 @@ class CompiledPositions(Positions):
         at_landmarks = self.way.at_landmarks
         d_source = self._wide(m) if at_landmarks else self._narrow(m)
         d_for_queries, d_bias, d_alpha = self._new(groups, m, d), torch.empty_like(given.bias), self.X.new_empty(())
-        d_W_f, d_b_f = (None if one is None else torch.empty_like(one) for one in (given.W_f, given.b_f))
+        d_W_f = None if given.W_f is None else torch.empty_like(given.W_f)
+        d_b_f = None if groups == 1 else self.X.new_empty(C)
         inputs = (*self._spread_inputs(given), out, grad_out, grad_mean)
         outputs = (d_x, d_Q, d_source, d_for_queries, d_bias, d_alpha, d_W_f, d_b_f)
         self._call("spread_backward", given.Q.shape[1], m, *inputs, *outputs)

@@ -51,12 +51,13 @@ class CSALR(EvaluatedBlock):
         dtype = working_type(x)
         wide = torch.promote_types(dtype, torch.float32)
         m = LandmarkGrid(x.shape[2], x.shape[3], self.landmarks, x.device).m
-        n = x[0, 0].numel()
-        way = plan(len(x), self.channels, n, m, self.groups, x.device, torch.is_grad_enabled())
+        n, differentiable = x.shape[2] * x.shape[3], torch.is_grad_enabled()
+        way = plan(len(x), self.channels, n, m, self.groups, x.device, differentiable)
         gain_q, shift_q, *unseen_q = self._affine("query")
         gain_k, *unseen_k = self._affine("key")  # no softmax sees the shift of keys
         gain_v, shift_v, *unseen_v = self._affine("value")
-        gain_q = Unseen.apply(gain_q, *unseen_q, *unseen_k, *unseen_v)
+        if differentiable:
+            gain_q = Unseen.apply(gain_q, *unseen_q, *unseen_k, *unseen_v)
         value_norm, fuse = self._training_norm("value"), getattr(self, "fuse", None)
         everywhere = isinstance(value_norm, SynchronisedBatchNorm)
         out, mean, *statistics = LowRankAttention.apply(

@@ -87,10 +87,11 @@ class LowRankAttention(torch.autograd.Function):
             W_q, W_k, W_v, W_f = matrices(weights)
             grid = LandmarkGrid(x.shape[2], x.shape[3], landmarks, x.device)
             positions = positions_of(x, grid, groups, way, dtype)
-            Q, K = positions.project(W_q, W_k)  # B, C', n
+            Q, K, largest = positions.project(W_q, W_k, bounded=eps is None)  # B, C', n
             normal_q = Normalisation.over(positions, Q, gain_q, shift_q, eps, everywhere)
             normal_k = Normalisation.over(positions, K, gain_k, None, eps, everywhere)
-            guard = logit_guard(normal_q.largest(Q, gain_q, shift_q), normal_k.largest(K, gain_k, None))
+            largest_q, largest_k = (None, None) if largest is None else largest.to(gain_q.dtype)
+            guard = logit_guard(normal_q.bound(largest_q, gain_q, shift_q), normal_k.bound(largest_k, gain_k, None))
             affine = normal_q.scale, normal_q.offset, normal_k.scale * guard
             marks = positions.landmarks(Q, K, *affine)
             gathered = positions.gather(K, marks.for_keys, W_v)
@@ -132,7 +133,7 @@ class LowRankAttention(torch.autograd.Function):
             W_q, W_k, W_v, W_f = matrices(weights)
             positions = positions_of(x, grid, groups, way, dtype)
             if Q is None:
-                Q, K = positions.project(W_q, W_k)
+                Q, K, _ = positions.project(W_q, W_k)
             affine = normal_q.scale, normal_q.offset, normal_k.scale * guard
             marks = positions.landmarks(Q, K, *affine)
             gathered = Gathered(rows, V, log_sum) if way.keeps_gathered else positions.gather(K, marks.for_keys, W_v)
@@ -151,7 +152,7 @@ class LowRankAttention(torch.autograd.Function):
             # What has m rows: fuse, the inverse of Eq. 16, the normalisation of E, value.
             d_Z, d_W_f, d_b_f = spread.source, spread.W_f, spread.b_f
             if way.at_landmarks and W_f is not None:
-                d_Z, d_W_f, d_b_f = positions.fuse_backward(spread.source, Z, W_f)
+                d_Z, d_W_f = positions.fuse_backward(spread.source, Z, W_f)
             d_E, d_scale_v, d_offset_v = positions.solve_backward(inverse, E, d_Z)  # normalised E: B, groups, m, c
             d_gain_v, d_shift_v, slope_v, constant_v = normal_v.backward(d_scale_v, d_offset_v)
             d_rows = positions.normalise_backward(d_E, E, normal_v.scale, slope_v, constant_v)
@@ -225,13 +226,12 @@ class Normalisation:
         offset = None if shift is None else torch.addcmul(shift, scale, mean, value=-1)
         return cls((scale, offset, mean, inverse_deviation), variance, count, everywhere)
 
-    def largest(self, features: Tensor, gain: Tensor, shift: Tensor | None) -> Tensor:
-        """A bound on the size of any normalised feature, from the raw ones, of any shape: scalar."""
-        if self.inverse_deviation is not None:  # none is further from the mean of N than sqrt(N) deviations
-            bounds = self.count**0.5 * gain.abs()
-        else:
-            low, high = torch.aminmax(features)
-            bounds = torch.maximum(-low, high).to(gain.dtype) * gain.abs()
+    def bound(self, largest: Tensor | None, gain: Tensor, shift: Tensor | None) -> Tensor:
+        """A bound on the size of any normalised feature, from that of the raw ones: scalar.
+
+        The latter is not needed where statistics normalise: none is further from the mean of N than sqrt(N) deviations.
+        """
+        bounds = gain.abs() * (self.count**0.5 if largest is None else largest)
         return (bounds if shift is None else bounds.add_(shift.abs())).amax()
 
     def backward(

@@ -217,6 +217,18 @@ void add(const real* tile, const Window<real>& to, long T) {
     }
 }
 
+// The largest size of a number in N columns of (rows, T).
+real largest_of(const real* tile, long rows, long N, long T) {
+    vec high{}, low{};
+    for (long r = 0; r < rows; r++)
+        for (long t = r * T; t < r * T + N; t += LANES) {
+            high = larger(at(tile + t), high);
+            low = larger(-at(tile + t), low);
+        }
+    high = larger(high, low);
+    return *std::max_element(&high[0], &high[0] + LANES);
+}
+
 // A square of LANES registers, by halves: what stands right of the diagonal's blocks changes with what is left of them.
 template <long half = LANES / 2>
 inline void transpose(vec* square) {
@@ -506,21 +518,32 @@ void attend(const Shape& s, const real* A, const real* source, const real* W_f, 
 
 extern "C" {
 
-// Q and K: X (B, C, n), W_q and W_k (D, C) -> (B, D, n) each.
-void project(const Shape* shape, const real* X, const real* W_q, const real* W_k, real* Q, real* K) {
+// Q and K: X (B, C, n), W_q and W_k (D, C) -> (B, D, n) each; and the largest size of a number in either, (2,), unless
+// null.
+void project(const Shape* shape, const real* X, const real* W_q, const real* W_k, real* Q, real* K, real* largest) {
     const Shape& s = *shape;
     Shares shares(s, false);
     const long T = shares.T;
-    shares.each([&](long, const auto& tiles) {
+    const real* W[] = {W_q, W_k};
+    real* features[] = {Q, K};
+    caller_memory.reset();
+    real* tops = caller_memory.zeros(s.workers * 2);
+    shares.each([&](long worker, const auto& tiles) {
         real *x = worker_memory.take(s.C * T), *y = worker_memory.take(s.D * T);
         tiles([&](const Tile& tile) {
             load(tile.of(X, s.C, s.n), x, T);
-            product<false>(s.D, tile.N, s.C, W_q, s.C, x, T, y, T);
-            store(y, tile.of(Q, s.D, s.n), T);
-            product<false>(s.D, tile.N, s.C, W_k, s.C, x, T, y, T);
-            store(y, tile.of(K, s.D, s.n), T);
+            for (long side = 0; side < 2; side++) {
+                product<false>(s.D, tile.N, s.C, W[side], s.C, x, T, y, T);
+                store(y, tile.of(features[side], s.D, s.n), T);
+                if (largest) tops[worker * 2 + side] = std::max(tops[worker * 2 + side], largest_of(y, s.D, tile.N, T));
+            }
         });
     });
+    for (long side = 0; side < 2 && largest; side++) {
+        largest[side] = 0;
+        for (long worker = 0; worker < s.workers; worker++)
+            largest[side] = std::max(largest[side], tops[worker * 2 + side]);
+    }
 }
 
 // The mean of each landmark's positions: features (B, D, n), landmark_of (n,) of maps as wide as `width`, sizes (m,)
@@ -777,7 +800,7 @@ void spread(const Shape* shape, const real* X, const real* Q, const real* for_qu
 //
 // out (B, C, n), from which O = (out - x) / alpha, or null; grad_out (B, C, n); grad_mean (B, C) or null -> d_x
 // (B, C, n), d_Q (B, D, n), d_source (B, C, groups, m) or (B, C, m), d_for_queries (B, groups, m, d), d_bias
-// (B, groups, m), d_alpha (1,), d_W_f (C, C), d_b_f (C,).
+// (B, groups, m), d_alpha (1,), d_W_f (C, C), d_b_f (C,), of what is added to O at every position.
 void spread_backward(const Shape* shape, const real* X, const real* Q, const real* for_queries, const real* bias,
                      const int64_t* landmark_of, const real* source, const real* W_f, const real* b_f,
                      const real* alpha, const real* out, const real* grad_out, const real* grad_mean, real* d_x,
@@ -881,9 +904,8 @@ void spread_backward(const Shape* shape, const real* X, const real* Q, const rea
     shares.add_up(of_queries, marks, deep, d, d_for_queries);
     shares.add_up(of_bias, 1, marks, marks, d_bias);
     add_up_workers(s, of_alpha, 1, 1, 1, d_alpha);
-    if (!W_f) return;
-    add_up_workers(s, of_fuse, s.C, padded(s.C), s.C, d_W_f);
-    add_up_workers(s, of_fuse_bias, 1, s.C, s.C, d_b_f);
+    if (d_b_f) add_up_workers(s, of_fuse_bias, 1, s.C, s.C, d_b_f);
+    if (W_f) add_up_workers(s, of_fuse, s.C, padded(s.C), s.C, d_W_f);
 }
 
 // The gradients of `project`, that of x added to d_x.

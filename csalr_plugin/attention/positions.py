@@ -41,13 +41,21 @@ def plan(batch: int, channels: int, n: int, m: int, groups: int, device: torch.d
     return Plan(
         at_landmarks=at_landmarks,
         keeps_projections=channels >= worth,
-        keeps_gathered=not at_landmarks or n >= worth,
+        keeps_gathered=not at_landmarks or n >= worth or groups == 2,
         keeps_values=not at_landmarks or channels > worth,
-        keeps_fused=at_landmarks and groups > 1 and channels >= groups * worth,
+        keeps_fused=at_landmarks and groups > 1 and channels >= 4 * worth,
         differentiable=differentiable,
         # 8 MiB of x in fp32, and a power of two, which threads share out evenly.
         images=2 ** max(0, (2**21 // (channels * n)).bit_length() - 1) if device.type == "cpu" else batch,
     )
+
+
+class Projections(NamedTuple):
+    """Q and K before bias and normalisation."""
+
+    Q: Tensor  # (B, C', n)
+    K: Tensor
+    largest: Tensor | None  # size of a number in each of them, (2,), if asked for
 
 
 class Gathered(NamedTuple):
@@ -103,7 +111,7 @@ class SpreadGradients(NamedTuple):
     bias: Tensor  # (B, groups, 1, m)
     alpha: Tensor | None
     W_f: Tensor | None  # (C, C)
-    b_f: Tensor | None  # (C,)
+    b_f: Tensor | None  # (C,), wherever `fuse` acts: of what is added to O at every position; None with one group
 
 
 class Positions:
@@ -136,9 +144,11 @@ class Positions:
         for start in range(0, len(self.X), self.way.images):
             yield slice(start, start + self.way.images)
 
-    def project(self, W_q: Tensor, W_k: Tensor) -> tuple[Tensor, Tensor]:
-        """Q and K before bias and normalisation: (C', C) each -> (B, C', n) each."""
-        return self._times(W_q), self._times(W_k)
+    def project(self, W_q: Tensor, W_k: Tensor, bounded: bool = False) -> Projections:
+        """From the weights, (C', C) each; `bounded`: how large Q and K are is wanted, too."""
+        Q, K = self._times(W_q), self._times(W_k)
+        largest = torch.stack([torch.linalg.vector_norm(one, float("inf")) for one in (Q, K)]) if bounded else None
+        return Projections(Q, K, largest)
 
     def moments(self, features: Tensor) -> tuple[Tensor, Tensor]:
         """The mean of each channel, and the sum of squares about it: (B, channels, any) -> (channels,) each.
@@ -280,12 +290,12 @@ class Positions:
         fused = times_heads(Z.to(self.dtype), fuse_heads(W_f, self.groups))
         return fused + b_f.to(self.dtype) / (2 * self.groups)  # each group's rows of S_nm + P have the sum 2
 
-    def fuse_backward(self, d_source: Tensor, Z: Tensor, W_f: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The gradients of Z, W_f and b_f."""
+    def fuse_backward(self, d_source: Tensor, Z: Tensor, W_f: Tensor) -> tuple[Tensor, Tensor]:
+        """The gradients of Z and W_f; that of b_f is in :class:`SpreadGradients`."""
         d_fused = d_source.to(self.dtype)
         d_Z = times_heads(d_fused, fuse_heads(W_f, self.groups).mT).to(Z.dtype)
         d_W_f = heads_backward(d_fused, Z.to(self.dtype)).transpose(0, 1).flatten(1)  # C, C
-        return d_Z, d_W_f.to(W_f.dtype), d_source.sum((0, 1, 2)) / (2 * self.groups)
+        return d_Z, d_W_f.to(W_f.dtype)
 
     def spread(self, given: Spread, pooled: bool) -> tuple[Tensor, Tensor | None]:
         """``x + alpha O`` of Eq. 17, or O with `alpha` None, (B, C, H, W); if `pooled`, the mean of x * O, (B, C)."""
@@ -324,7 +334,8 @@ class Positions:
         d_O = torch.empty_like(X[: way.images], dtype=dtype)
         d_source = torch.empty_like(source, dtype=for_queries.dtype)
         d_for_queries, d_bias = torch.empty_like(for_queries), torch.empty_like(bias)
-        d_alpha, d_W_f, d_b_f = (None if one is None else torch.zeros_like(one) for one in (alpha, W_f, b_f))
+        d_alpha, d_W_f = (None if one is None else torch.zeros_like(one) for one in (alpha, W_f))
+        d_b_f = None if self.groups == 1 else for_queries.new_zeros(X.shape[1])
         for part in self.parts():
             G = grad_out[part].flatten(2).to(dtype)  # b, C, n
             A = self._positions_to_landmarks(Q, for_queries, bias, part)
@@ -343,9 +354,10 @@ class Positions:
                 torch.addcmul(G, attended, share, out=d_x[part])
             elif alpha is not None:
                 d_x[part] = G
-            if U is not None and W_f is not None and d_W_f is not None and d_b_f is not None:
-                accumulate(d_W_f, d_O, U)
+            if d_b_f is not None:
                 d_b_f += d_O.sum((0, 2))
+            if U is not None and W_f is not None and d_W_f is not None:
+                accumulate(d_W_f, d_O, U)
                 d_U = split(times(W_f.to(dtype).mT, d_O), self.groups)  # b, groups, c, n
             else:
                 d_U = d_O if way.at_landmarks else split(d_O, self.groups)
