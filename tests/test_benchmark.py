@@ -253,6 +253,19 @@ def test_samples_of_other_settings_or_another_machine_never_mix(
     assert "is damaged" in capsys.readouterr().err
 
 
+def test_samples_know_the_compiled_passes_that_they_were_measured_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(harness.csalr_plugin, "__file__", str(tmp_path / "__init__.py"))
+    source = tmp_path / "attention" / "positions.cpp"
+    source.parent.mkdir()
+    codes = set()
+    for text in ("one", "two"):
+        source.write_text(text)
+        codes.add(harness.versions()["code"])
+    assert len(codes) == 2
+
+
 def test_bench_scale_fits_an_exponent_to_every_block(tmp_path: Path) -> None:
     assert main([*SCALE, "--out", str(tmp_path), "--repeats", "2"]) == 0
     results = results_of(tmp_path, "scale")

@@ -133,7 +133,7 @@ class LowRankAttention(torch.autograd.Function):
             W_q, W_k, W_v, W_f = matrices(weights)
             positions = positions_of(x, grid, groups, way, dtype)
             if Q is None:
-                Q, K, _ = positions.project(W_q, W_k)
+                Q, K, _largest = positions.project(W_q, W_k)
             affine = normal_q.scale, normal_q.offset, normal_k.scale * guard
             marks = positions.landmarks(Q, K, *affine)
             gathered = Gathered(rows, V, log_sum) if way.keeps_gathered else positions.gather(K, marks.for_keys, W_v)

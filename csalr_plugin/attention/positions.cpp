@@ -991,19 +991,24 @@ void times_at_landmarks(const Shape* shape, const real* W, long of_rows, long na
         W = turned_weight(s, W, s.C, s.C, caller_memory.take(s.C * s.C), s.C);
         of_rows = !of_rows;
     }
+    bool direct = s.m == wide;  // without a copy whose rows are padded
+    long from_stride = direct ? place_of(s, !narrows, 0, 0, 1) : wide;
+    long to_stride = direct ? place_of(s, narrows, 0, 0, 1) : wide;
     each_worker(s.workers, [&](long worker) {
-        real *x = worker_memory.zeros(columns * wide), *y = worker_memory.take(rows * wide);
+        real *padded_x = worker_memory.zeros(columns * wide), *padded_y = worker_memory.take(rows * wide);
         for (long i = units * pieces * worker / s.workers; i < units * pieces * (worker + 1) / s.workers; i++) {
             long unit = i / pieces, b = unit / s.groups, g = unit % s.groups;
             long first = rows * (i % pieces) / pieces, count = rows * (i % pieces + 1) / pieces - first;
-            for (long row = 0; row < columns; row++)
-                std::memcpy(x + row * wide, from + place_of(s, !narrows, b, g, row), s.m * sizeof(real));
-            const real* share = W + g * c * (of_rows ? s.C : 1);
-            product<false>(count, wide, columns, share + first * s.C, s.C, x, wide, y, wide);
-            for (long row = 0; row < count; row++) {
-                real* target = to + place_of(s, narrows, b, g, first + row);
-                for (long k = 0; k < s.m; k++) target[k] = y[row * wide + k] + (bias ? bias[first + row] : real(0));
-            }
+            for (long row = 0; row < columns && !direct; row++)
+                std::memcpy(padded_x + row * wide, from + place_of(s, !narrows, b, g, row), s.m * sizeof(real));
+            const real* x = direct ? from + place_of(s, !narrows, b, g, 0) : padded_x;
+            real* y = direct ? to + place_of(s, narrows, b, g, first) : padded_y;
+            for (long row = 0; row < count; row++)
+                std::fill(y + row * to_stride, y + row * to_stride + wide, bias ? bias[first + row] : real(0));
+            const real* share = W + g * c * (of_rows ? s.C : 1) + first * s.C;
+            product<false>(count, wide, columns, share, s.C, x, from_stride, y, to_stride, Start::target);
+            for (long row = 0; row < count && !direct; row++)
+                std::memcpy(to + place_of(s, narrows, b, g, first + row), y + row * wide, s.m * sizeof(real));
         }
     });
 }

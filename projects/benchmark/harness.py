@@ -109,7 +109,7 @@ def versions() -> dict[str, str | None]:
     """Versions of what is measured, and a digest of the project's own code: samples of two codes never mix."""
     digest = hashlib.sha256()
     folders = (Path(csalr_plugin.__file__).parent, Path(__file__).parent)
-    for path in sorted(path for folder in folders for path in folder.rglob("*.py")):
+    for path in sorted(path for folder in folders for kind in ("*.py", "*.cpp") for path in folder.rglob(kind)):
         digest.update(path.read_bytes())
     return {
         "csalr_plugin": __version__,
