@@ -43,7 +43,8 @@ def plan(batch: int, channels: int, n: int, m: int, groups: int, device: torch.d
         keeps_projections=channels >= worth,
         keeps_gathered=not at_landmarks or n >= worth or groups == 2,
         keeps_values=not at_landmarks or channels > worth,
-        keeps_fused=at_landmarks and groups > 1 and channels >= 4 * worth,
+        # What is fused grows with the groups; two keep the third stage's alone, as all that is gathered is kept then.
+        keeps_fused=at_landmarks and groups > 1 and channels > (512 if groups == 2 else 256),
         differentiable=differentiable,
         # 8 MiB of x in fp32, and a power of two, which threads share out evenly.
         images=2 ** max(0, (2**21 // (channels * n)).bit_length() - 1) if device.type == "cpu" else batch,

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
-import ctypes
 import gc
 import hashlib
 import json
@@ -25,6 +23,7 @@ from tqdm import tqdm
 import csalr_plugin
 from csalr_plugin.errors import UserError
 from csalr_plugin.files import make_writable_folder, write_json
+from csalr_plugin.hosts.training import keep_freed_memory
 from csalr_plugin.version import __version__
 
 # A median of fewer rounds says little; `--quick` may have fewer, to try things out.
@@ -221,18 +220,6 @@ def seconds(action: Callable[[], object], device: torch.device) -> float:
         return time.perf_counter() - started
     finally:
         gc.enable()
-
-
-def keep_freed_memory() -> None:
-    """Ask the C library not to return freed memory to the system, which would hand it out again page by page.
-
-    glibc does so with each block above 32 MB, at the cost of the products in it. A GPU's memory is kept by torch.
-    """
-    trim_threshold, most_mapped = -1, -4  # M_TRIM_THRESHOLD and M_MMAP_MAX of malloc.h
-    with contextlib.suppress(OSError, AttributeError):  # another C library
-        library = ctypes.CDLL(None)
-        library.mallopt(most_mapped, 0)
-        library.mallopt(trim_threshold, 2**31 - 1)
 
 
 def peak_bytes(action: Callable[[], object], device: torch.device) -> int:

@@ -32,7 +32,7 @@ from csalr_plugin.hosts.distributed import gathered, is_lost, one_first, share_b
 from csalr_plugin.hosts.fastreid.config import IDENTITY_SAMPLERS, validate
 from csalr_plugin.hosts.fastreid.launch import gone
 from csalr_plugin.hosts.script import replaced
-from csalr_plugin.hosts.training import WarmUp, clip_gradients, unwrapped
+from csalr_plugin.hosts.training import WarmUp, clip_gradients, keep_freed_memory, unwrapped
 from csalr_plugin.models import PCB, RefinedPCB
 from csalr_plugin.models.cost import count_gmacs, count_parameters
 
@@ -58,6 +58,8 @@ class Trainer(DefaultTrainer):  # type: ignore[misc]  # fast-reid carries no typ
         with replaced(defaults, {"DistributedDataParallel": partial(_in_several_processes, cfg)}):
             super().__init__(cfg)
         network = unwrapped(self.model)
+        if not next(network.parameters()).is_cuda:
+            keep_freed_memory()
         self.warm_up = WarmUp(self.optimizer, cfg.CSALR.WARMUP)
         if isinstance(network, PCB):
             clip = _ClipGradients(network, cfg.CSALR.CLIP_GRADIENT)

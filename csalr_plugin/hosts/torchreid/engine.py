@@ -28,7 +28,7 @@ from csalr_plugin.hosts.torchreid.config import active_config
 from csalr_plugin.hosts.torchreid.loading import draw_from, evaluation_loader, training_loader
 from csalr_plugin.hosts.torchreid.monitor import Monitor
 from csalr_plugin.hosts.torchreid.ranking import evaluate_rank
-from csalr_plugin.hosts.training import WarmUp, clip_gradients, unwrapped
+from csalr_plugin.hosts.training import WarmUp, clip_gradients, keep_freed_memory, unwrapped
 from csalr_plugin.models import PCB, RefinedPCB
 
 
@@ -267,6 +267,8 @@ class _PluginTraining(_HostEngine):
         self.epoch = max(0, options.get("start_epoch", 0) - 1)
         if not distributed.is_main():
             self.writer = _NoWriter()
+        if not self.use_gpu:
+            keep_freed_memory()
         try:
             super().run(save_dir=save_dir, **options)
         except RuntimeError as error:
