@@ -193,8 +193,7 @@ class CompiledPositions(Positions):
         at_landmarks = self.way.at_landmarks
         d_source = self._wide(m) if at_landmarks else self._narrow(m)
         d_for_queries, d_bias, d_alpha = self._new(groups, m, d), torch.empty_like(given.bias), self.X.new_empty(())
-        d_W_f = None if given.W_f is None else torch.empty_like(given.W_f)
-        d_b_f = None if groups == 1 else self.X.new_empty(C)
+        d_W_f, d_b_f = (None if one is None else torch.empty_like(one) for one in (given.W_f, given.b_f))
         inputs = (*self._spread_inputs(given), out, grad_out, grad_mean)
         outputs = (d_x, d_Q, d_source, d_for_queries, d_bias, d_alpha, d_W_f, d_b_f)
         self._call("spread_backward", given.Q.shape[1], m, *inputs, *outputs)

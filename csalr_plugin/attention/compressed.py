@@ -160,5 +160,4 @@ class SpreadOut(torch.autograd.Function):
             given = Spread(Q, keys, bias, source, W_f, b_f, alpha)
             d = positions.spread_backward(given, out, grad_out, grad_mean)
         d_x = d.x.to(x.dtype).view_as(x)
-        d_b_f = None if b_f is None else d.b_f
-        return d_x, d.Q, d.for_queries, d.source.to(source.dtype), d.W_f, d_b_f, d.alpha, None, None, None, None
+        return d_x, d.Q, d.for_queries, d.source.to(source.dtype), d.W_f, d.b_f, d.alpha, None, None, None, None

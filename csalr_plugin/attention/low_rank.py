@@ -90,7 +90,7 @@ class LowRankAttention(torch.autograd.Function):
             Q, K, largest = positions.project(W_q, W_k, bounded=eps is None)  # B, C', n
             normal_q = Normalisation.over(positions, Q, gain_q, shift_q, eps, everywhere)
             normal_k = Normalisation.over(positions, K, gain_k, None, eps, everywhere)
-            largest_q, largest_k = (None, None) if largest is None else largest.to(gain_q.dtype)
+            largest_q, largest_k = (None, None) if largest is None else largest
             guard = logit_guard(normal_q.bound(largest_q, gain_q, shift_q), normal_k.bound(largest_k, gain_k, None))
             affine = normal_q.scale, normal_q.offset, normal_k.scale * guard
             marks = positions.landmarks(Q, K, *affine)
@@ -100,8 +100,8 @@ class LowRankAttention(torch.autograd.Function):
             inverse = positions.inverse(marks.S_mm, floor)  # B, groups, m, m
             Z = positions.solve(inverse, E, normal_v.scale, normal_v.offset)  # B, groups, m, c
             source = fuse_at_landmarks(positions, Z, W_f, b_f)  # B, groups, m, C or c
-            W, b = (None, None) if way.at_landmarks else (W_f, b_f)
-            out, mean = positions.spread(Spread(Q, marks.for_queries, marks.bias, source, W, b, alpha), pooled)
+            W = None if way.at_landmarks else W_f
+            out, mean = positions.spread(Spread(Q, marks.for_queries, marks.bias, source, W, b_f, alpha), pooled)
         normals = normal_q, normal_k, normal_v
         ctx.save_for_backward(
             *(x, *weights, b_f, alpha, guard, inverse),
@@ -144,9 +144,9 @@ class LowRankAttention(torch.autograd.Function):
                 source = fuse_at_landmarks(positions, Z, W_f, b_f)
 
             # Eq. 17 from the left: residual and gate, the mean, fuse, A_nm.
-            W, b = (None, None) if way.at_landmarks else (W_f, b_f)
+            W = None if way.at_landmarks else W_f
             out = ctx.output.unchanged()
-            given = Spread(Q, marks.for_queries, marks.bias, source, W, b, alpha)
+            given = Spread(Q, marks.for_queries, marks.bias, source, W, b_f, alpha)
             spread = positions.spread_backward(given, out, grad_out, grad_mean)
 
             # What has m rows: fuse, the inverse of Eq. 16, the normalisation of E, value.

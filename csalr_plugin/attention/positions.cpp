@@ -31,6 +31,7 @@ constexpr long BYTES = 64, ROWS = 8;  // of a vector register; rows of a product
 constexpr long BYTES = 32, ROWS = 4;
 #endif
 constexpr long LANES = BYTES / sizeof(real);
+constexpr long PANEL = 2 * LANES;  // columns of a product that are held in registers
 
 typedef real vec __attribute__((vector_size(BYTES), aligned(alignof(real)), may_alias));
 typedef std::conditional_t<sizeof(real) == 4, int32_t, int64_t> whole;
@@ -110,14 +111,14 @@ long product_of_rows(long M, long N, long K, const real* A, long lda, const real
     long done = M / rows * rows;
     long step = turned ? 1 : lda;
     auto blocks = [&](long from, long to, long j) {
-        bool two = N - j >= 2 * LANES;
+        bool two = N - j >= PANEL;
         for (long i = from; i < to; i += rows)
             (two ? product_in_registers<rows, 2, turned, start> : product_in_registers<rows, 1, turned, start>)(
                 K, A + i * step, lda, B + j, ldb, C + i * ldc + j, ldc, factor ? factor + j : nullptr);
     };
     bool fits = done * K * long(sizeof(real)) <= 1 << 19;  // bytes, half of a core's own cache
     for (long i = 0; i < done; i += fits ? done : rows)
-        for (long j = 0; j < N; j += 2 * LANES) blocks(i, fits ? done : i + rows, j);
+        for (long j = 0; j < N; j += PANEL) blocks(i, fits ? done : i + rows, j);
     return done;
 }
 
@@ -995,7 +996,8 @@ void times_at_landmarks(const Shape* shape, const real* W, long of_rows, long na
     long from_stride = direct ? place_of(s, !narrows, 0, 0, 1) : wide;
     long to_stride = direct ? place_of(s, narrows, 0, 0, 1) : wide;
     each_worker(s.workers, [&](long worker) {
-        real *padded_x = worker_memory.zeros(columns * wide), *padded_y = worker_memory.take(rows * wide);
+        real* padded_x = direct ? nullptr : worker_memory.zeros(columns * wide);
+        real* padded_y = direct ? nullptr : worker_memory.take(rows * wide);
         for (long i = units * pieces * worker / s.workers; i < units * pieces * (worker + 1) / s.workers; i++) {
             long unit = i / pieces, b = unit / s.groups, g = unit % s.groups;
             long first = rows * (i % pieces) / pieces, count = rows * (i % pieces + 1) / pieces - first;
@@ -1003,10 +1005,11 @@ void times_at_landmarks(const Shape* shape, const real* W, long of_rows, long na
                 std::memcpy(padded_x + row * wide, from + place_of(s, !narrows, b, g, row), s.m * sizeof(real));
             const real* x = direct ? from + place_of(s, !narrows, b, g, 0) : padded_x;
             real* y = direct ? to + place_of(s, narrows, b, g, first) : padded_y;
-            for (long row = 0; row < count; row++)
-                std::fill(y + row * to_stride, y + row * to_stride + wide, bias ? bias[first + row] : real(0));
+            for (long row = 0; row < count && bias; row++)
+                std::fill(y + row * to_stride, y + row * to_stride + wide, bias[first + row]);
             const real* share = W + g * c * (of_rows ? s.C : 1) + first * s.C;
-            product<false>(count, wide, columns, share, s.C, x, from_stride, y, to_stride, Start::target);
+            product<false>(count, wide, columns, share, s.C, x, from_stride, y, to_stride,
+                           bias ? Start::target : Start::zero);
             for (long row = 0; row < count && !direct; row++)
                 std::memcpy(to + place_of(s, narrows, b, g, first + row), y + row * wide, s.m * sizeof(real));
         }
@@ -1016,7 +1019,6 @@ void times_at_landmarks(const Shape* shape, const real* W, long of_rows, long na
 // The gradient of such a weight, (C, C), from that of one side and the other side.
 void times_at_landmarks_backward(const Shape* shape, const real* wide, const real* narrow, long of_rows, real* d_W) {
     const Shape& s = *shape;
-    constexpr long PANEL = 2 * LANES;  // columns that lie together in memory, as a product reads them
     long c = s.C / s.groups, panels = (c + PANEL - 1) / PANEL, units = s.B * s.groups, unit_size = panels * s.m * PANEL;
     caller_memory.reset();
     real* turned = caller_memory.take(units * unit_size);  // B, groups, panels, m, PANEL

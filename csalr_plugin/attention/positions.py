@@ -98,7 +98,7 @@ class Spread(NamedTuple):
     bias: Tensor  # (B, groups, 1, m)
     source: Tensor  # (B, groups, m, C or c), what the rows of S_nm + P weigh
     W_f: Tensor | None  # of `fuse`, (C, C), where it acts on positions
-    b_f: Tensor | None  # (C,)
+    b_f: Tensor | None  # (C,); with W_f None it is in `source`, and here for its gradient
     alpha: Tensor | None  # scalar; None: O alone is wanted
 
 
@@ -112,7 +112,7 @@ class SpreadGradients(NamedTuple):
     bias: Tensor  # (B, groups, 1, m)
     alpha: Tensor | None
     W_f: Tensor | None  # (C, C)
-    b_f: Tensor | None  # (C,), wherever `fuse` acts: of what is added to O at every position; None with one group
+    b_f: Tensor | None  # (C,)
 
 
 class Positions:
@@ -335,8 +335,7 @@ class Positions:
         d_O = torch.empty_like(X[: way.images], dtype=dtype)
         d_source = torch.empty_like(source, dtype=for_queries.dtype)
         d_for_queries, d_bias = torch.empty_like(for_queries), torch.empty_like(bias)
-        d_alpha, d_W_f = (None if one is None else torch.zeros_like(one) for one in (alpha, W_f))
-        d_b_f = None if self.groups == 1 else for_queries.new_zeros(X.shape[1])
+        d_alpha, d_W_f, d_b_f = (None if one is None else torch.zeros_like(one) for one in (alpha, W_f, b_f))
         for part in self.parts():
             G = grad_out[part].flatten(2).to(dtype)  # b, C, n
             A = self._positions_to_landmarks(Q, for_queries, bias, part)
