@@ -19,7 +19,10 @@
 #include <cstring>
 #include <limits>
 #include <type_traits>
+#include <utility>
 #include <vector>
+
+#define INLINE inline __attribute__((always_inline))
 
 namespace {
 
@@ -82,26 +85,50 @@ constexpr real LEAST_ALPHA = 1. / 64;
 
 enum class Start { zero, target, scaled };  // what a product is added to: nothing, C, or C times a factor a column
 
-// `rows` rows and `columns` registers of C = start + A B, with A(r, k) at A[r * lda + k], or A[k * lda + r] if turned.
-// How it starts is no argument, or the compiler would take all totals through memory before the first product.
+// Calls visit(row, column) for each register of a block, and writes every call out: an array that loops go through, or
+// that is handed on, would be kept in memory.
+template <long columns, class Visit, long... i>
+INLINE void each_register_of(std::integer_sequence<long, i...>, const Visit& visit) {
+    (visit(i / columns, i % columns), ...);
+}
+
+template <long rows, long columns, class Visit>
+INLINE void each_register(const Visit& visit) {
+    each_register_of<columns>(std::make_integer_sequence<long, rows * columns>(), visit);
+}
+
+// total += A (B + sign * other) for `rows` rows and `columns` registers, with A(r, k) at A[r * lda + k], or
+// A[k * lda + r] if turned.
+template <bool turned, int sign = 0, long rows, long columns>
+INLINE void multiply(long K, const real* A, long lda, const real* B, const real* other, long ldb,
+                     vec (&total)[rows][columns]) {
+    for (long k = 0; k < K; k++) {
+        vec b[columns];
+        each_register<1, columns>([&](long, long j) __attribute__((always_inline)) {
+            b[j] = at(B + k * ldb + j * LANES);
+            if (sign > 0) b[j] += at(other + k * ldb + j * LANES);
+            if (sign < 0) b[j] -= at(other + k * ldb + j * LANES);
+        });
+        each_register<rows, columns>(
+            [&](long r, long j) __attribute__((always_inline)) { total[r][j] += (turned ? A[k * lda + r] : A[r * lda + k]) * b[j]; });
+    }
+}
+
+// `rows` rows and `columns` registers of C = start + A B.
 template <long rows, long columns, bool turned, Start start>
 inline void product_in_registers(long K, const real* A, long lda, const real* B, long ldb, real* C, long ldc,
                                  const real* factor) {
     vec total[rows][columns];
-    for (long r = 0; r < rows; r++)
-        for (long j = 0; j < columns; j++) {
-            total[r][j] = start == Start::zero ? vec{} : at(C + r * ldc + j * LANES);
-            if (start == Start::scaled) total[r][j] *= at(factor + j * LANES);
-        }
-    for (long k = 0; k < K; k++) {
-        vec b[columns];
-        for (long j = 0; j < columns; j++) b[j] = at(B + k * ldb + j * LANES);
-        for (long r = 0; r < rows; r++)
-            for (long j = 0; j < columns; j++) total[r][j] += (turned ? A[k * lda + r] : A[r * lda + k]) * b[j];
-    }
-    for (long r = 0; r < rows; r++)
-        for (long j = 0; j < columns; j++) at(C + r * ldc + j * LANES) = total[r][j];
+    each_register<rows, columns>([&](long r, long j) __attribute__((always_inline)) {
+        total[r][j] = start == Start::zero ? vec{} : at(C + r * ldc + j * LANES);
+        if (start == Start::scaled) total[r][j] *= at(factor + j * LANES);
+    });
+    multiply<turned>(K, A, lda, B, nullptr, ldb, total);
+    each_register<rows, columns>([&](long r, long j) __attribute__((always_inline)) { at(C + r * ldc + j * LANES) = total[r][j]; });
 }
+
+// Whether so many numbers take half of a core's own cache at most.
+bool fits_cache(long count) { return count * long(sizeof(real)) <= 1 << 19; }
 
 // The rows of C that come in whole blocks of `rows`; returns how many. The inner loop reads again and again what stays in
 // the cache: rows of A, unless they are too many; then columns of B.
@@ -116,7 +143,7 @@ long product_of_rows(long M, long N, long K, const real* A, long lda, const real
             (two ? product_in_registers<rows, 2, turned, start> : product_in_registers<rows, 1, turned, start>)(
                 K, A + i * step, lda, B + j, ldb, C + i * ldc + j, ldc, factor ? factor + j : nullptr);
     };
-    bool fits = done * K * long(sizeof(real)) <= 1 << 19;  // bytes, half of a core's own cache
+    bool fits = fits_cache(done * K);
     for (long i = 0; i < done; i += fits ? done : rows)
         for (long j = 0; j < N; j += PANEL) blocks(i, fits ? done : i + rows, j);
     return done;
@@ -312,6 +339,7 @@ void softmax_of_columns_backward(real* gradient, const real* probabilities, long
 class Memory {
   public:
     real* take(long count) {
+        if (used == blocks.size()) blocks.emplace_back();
         blocks[used].resize(std::max<size_t>(blocks[used].size(), count + LANES));
         auto address = reinterpret_cast<uintptr_t>(blocks[used++].data());
         return reinterpret_cast<real*>((address + BYTES - 1) / BYTES * BYTES);
@@ -324,8 +352,8 @@ class Memory {
     void reset() { used = 0; }
 
   private:
-    std::vector<real> blocks[32];
-    long used = 0;
+    std::vector<std::vector<real>> blocks;
+    size_t used = 0;
 };
 
 thread_local Memory caller_memory, worker_memory;
@@ -375,6 +403,133 @@ void each_worker(long workers, const Work& work) {
         work(worker);
     }
 }
+
+// What the left factor of products is, A of (M, K), or stored (K, M) if turned, with what they are faster by.
+//
+// Cut into quarters, C = A B takes seven products of quarters in place of eight (Strassen, 1969). The sums of quarters of
+// A are made once for all that it is multiplied with; those of B as it is read, by units for sums that had nothing to do.
+// An entry's error is then bounded by the largest entries of A and B, and not of its own row and column alone; of normal
+// numbers it is 1.5 times that of a plain product.
+template <bool turned>
+class Factor {
+  public:
+    static constexpr bool faster = BYTES == 64;  // where registers suffice for it
+
+    // Numbers of scratch that it needs as long as it lives.
+    static long scratch(long M, long K) { return 5 * M * K / 4 + LANES; }
+
+    Factor() = default;
+    Factor(const real* A, long M, long K, long lda, real* scratch) : Factor(A, M, K, lda, scratch, nullptr) {
+        if (sums) add_quarters(0, 1);
+    }
+    // The same for all workers, who make the sums together, in the caller's memory.
+    static Factor of_all(const Shape& s, const real* A, long M, long K, long lda) {
+        Factor factor(A, M, K, lda, caller_memory.take(scratch(M, K)), nullptr);
+        if (factor.sums) each_worker(s.workers, [&](long worker) { factor.add_quarters(worker, s.workers); });
+        return factor;
+    }
+
+    // C = start + A B for (K, N).
+    void times(long N, const real* B, long ldb, real* C, long ldc, Start start = Start::zero,
+               const real* factor = nullptr) const {
+        if (!sums || !halves(N)) return product<turned>(M, N, K, A, lda, B, ldb, C, ldc, start, factor);
+        (this->*(start == Start::zero     ? &Factor::by_quarters<Start::zero>
+                 : start == Start::target ? &Factor::by_quarters<Start::target>
+                                          : &Factor::by_quarters<Start::scaled>))(N, B, ldb, C, ldc, factor);
+    }
+
+  private:
+    Factor(const real* A, long M, long K, long lda, real* scratch, std::nullptr_t)
+        : A(A), M(M), K(K), lda(lda), sums(faster && halves(M) && halves(K) ? scratch : nullptr) {}
+
+    static bool halves(long count) { return count % (2 * LANES) == 0 && count >= 4 * LANES; }
+
+    void add_quarters(long worker, long workers) {
+        long rows = (turned ? K : M) / 2, columns = (turned ? M : K) / 2, size = rows * columns;
+        for (long row = rows * worker / workers; row < rows * (worker + 1) / workers; row++)
+            for (long j = 0; j < columns; j += LANES) {
+                const real *upper = A + row * lda + j, *lower = upper + rows * lda;
+                vec A11 = at(upper), right = at(upper + columns), below = at(lower), A22 = at(lower + columns);
+                vec A12 = turned ? below : right, A21 = turned ? right : below;
+                real* to = sums + row * columns + j;
+                at(to) = A11 + A22;
+                at(to + size) = A12 - A22;
+                at(to + 2 * size) = A21 - A11;
+                at(to + 3 * size) = A21 + A22;
+                at(to + 4 * size) = A11 + A12;
+            }
+    }
+
+    template <Start start>
+    void by_quarters(long N, const real* B, long ldb, real* C, long ldc, const real* factor) const {
+        long m = M / 2, width = N / 2 / LANES;  // registers
+        bool fits = fits_cache(7 * M * K / 4);
+        for (long i = 0; i < m; i += fits ? m : ROWS)  // as in `product_of_rows`
+            for (long j = 0, columns; j < width; j += columns) {
+                columns = width % 3 == 0 ? 3 : std::min(2L, width - j);
+                auto block = columns == 3   ? &Factor::block<3, start>
+                             : columns == 2 ? &Factor::block<2, start>
+                                            : &Factor::block<1, start>;
+                for (long row = i; row < (fits ? m : i + ROWS); row += ROWS)
+                    (this->*block)(row, N / 2, B + j * LANES, ldb, C + row * ldc + j * LANES, ldc, factor + j * LANES);
+            }
+    }
+
+    // Row `i` and the ROWS - 1 after it of each quarter of C, `columns` registers of each.
+    template <long columns, Start start>
+    void block(long i, long n, const real* B11, long ldb, real* C11, long ldc, const real* factor) const {
+        long k = K / 2, m = M / 2, size = m * k, width = turned ? m : k;  // of a sum
+        const real *A11 = A + i * (turned ? 1 : lda), *A22 = A11 + (turned ? k * lda + m : m * lda + k);
+        const real* sum = sums + i * (turned ? 1 : width);
+        const real *B12 = B11 + n, *B21 = B11 + k * ldb, *B22 = B21 + n;
+        real *C12 = C11 + n, *C21 = C11 + m * ldc, *C22 = C21 + n;
+        const real* right = factor + n;
+        constexpr Start more = Start::target;
+        vec total[ROWS][columns];
+        zero(total);
+        multiply<turned, 1>(k, sum, width, B11, B22, ldb, total);
+        give<start>(total, C22, ldc, right);
+        multiply<turned, 1>(k, sum + size, width, B21, B22, ldb, total);
+        give<start>(total, C11, ldc, factor);
+        zero(total);
+        multiply<turned, -1>(k, A11, lda, B12, B22, ldb, total);
+        give<start>(total, C12, ldc, right);
+        multiply<turned, 1>(k, sum + 2 * size, width, B11, B12, ldb, total);
+        give<more>(total, C22, ldc);
+        zero(total);
+        multiply<turned, -1>(k, A22, lda, B21, B11, ldb, total);
+        give<start>(total, C21, ldc, factor);
+        give<more>(total, C11, ldc);
+        zero(total);
+        multiply<turned>(k, sum + 3 * size, width, B11, nullptr, ldb, total);
+        give<more>(total, C21, ldc);
+        give<more, -1>(total, C22, ldc);
+        zero(total);
+        multiply<turned>(k, sum + 4 * size, width, B22, nullptr, ldb, total);
+        give<more>(total, C12, ldc);
+        give<more, -1>(total, C11, ldc);
+    }
+
+    template <long columns>
+    static INLINE void zero(vec (&total)[ROWS][columns]) {
+        each_register<ROWS, columns>([&](long r, long j) __attribute__((always_inline)) { total[r][j] = vec{}; });
+    }
+
+    // C = start + sign * total
+    template <Start start, int sign = 1, long columns>
+    static INLINE void give(const vec (&total)[ROWS][columns], real* C, long ldc, const real* factor = nullptr) {
+        each_register<ROWS, columns>([&](long r, long j) __attribute__((always_inline)) {
+            vec& to = at(C + r * ldc + j * LANES);
+            vec before = start == Start::zero ? vec{} : to;
+            if (start == Start::scaled) before *= at(factor + j * LANES);
+            to = start == Start::zero ? total[r][j] : sign > 0 ? before + total[r][j] : before - total[r][j];
+        });
+    }
+
+    const real* A = nullptr;
+    long M = 0, K = 0, lda = 0;
+    real* sums = nullptr;  // of quarters of A, five of (M / 2, K / 2), stored as A is
+};
 
 // An even share of all tiles for each worker. What is summed by whom depends on the shape alone, never on which thread
 // was free: the same call gives the same digits. A pass goes `backwards` after one that went forwards, as it finds in
@@ -500,10 +655,10 @@ void map_of_queries(const Shape& s, const real* q, const real* for_queries, cons
 }
 
 // O of Eq. 17, N columns of (C, T), unless null, and U, what `fuse` acts on where that is at positions.
-void attend(const Shape& s, const real* A, const real* source, const real* W_f, const real* b_f, real* U, real* O,
-            long N, long T) {
+void attend(const Shape& s, const real* A, const Factor<false>& wide, const real* source, const real* W_f,
+            const real* b_f, real* U, real* O, long N, long T) {
     if (s.at_landmarks) {
-        if (O) product<false>(s.C, N, s.groups * s.m, source, s.groups * s.m, A, T, O, T);
+        if (O) wide.times(N, A, T, O, T);
         return;
     }
     long c = s.C / s.groups;
@@ -525,16 +680,17 @@ void project(const Shape* shape, const real* X, const real* W_q, const real* W_k
     const Shape& s = *shape;
     Shares shares(s, false);
     const long T = shares.T;
-    const real* W[] = {W_q, W_k};
     real* features[] = {Q, K};
     caller_memory.reset();
     real* tops = caller_memory.zeros(s.workers * 2);
+    const Factor<false> W[] = {Factor<false>::of_all(s, W_q, s.D, s.C, s.C),
+                               Factor<false>::of_all(s, W_k, s.D, s.C, s.C)};
     shares.each([&](long worker, const auto& tiles) {
         real *x = worker_memory.take(s.C * T), *y = worker_memory.take(s.D * T);
         tiles([&](const Tile& tile) {
             load(tile.of(X, s.C, s.n), x, T);
             for (long side = 0; side < 2; side++) {
-                product<false>(s.D, tile.N, s.C, W[side], s.C, x, T, y, T);
+                W[side].times(tile.N, x, T, y, T);
                 store(y, tile.of(features[side], s.D, s.n), T);
                 if (largest) tops[worker * 2 + side] = std::max(tops[worker * 2 + side], largest_of(y, s.D, tile.N, T));
             }
@@ -617,7 +773,7 @@ void gather(const Shape* shape, const real* X, const real* K, const real* for_ke
     shares.each([&](long, const auto& tiles) {
         real *x = worker_memory.take(s.C * T), *v = worker_memory.take(s.C * T);
         real *k = worker_memory.take(s.D * T), *keys = worker_memory.zeros(s.groups * d * wide);
-        real* S = worker_memory.take(T * wide);
+        real *S = worker_memory.take(T * wide), *scratch = worker_memory.take(Factor<false>::scratch(s.C, T));
         long keys_of = -1;
         tiles([&](const Tile& tile) {
             const Segment& part = tile.part;
@@ -628,6 +784,7 @@ void gather(const Shape* shape, const real* X, const real* K, const real* for_ke
             keys_of = part.image;
             if (!s.at_landmarks) product<false>(s.C, tile.N, s.C, W_v, s.C, x, T, v, T);
             if (V) store(v, tile.of(V, s.C, s.n), T);
+            Factor<false> left(s.at_landmarks ? x : v, s.C, tile.count, T, scratch);
             for (long g = 0; g < s.groups; g++) {
                 long here = part.index * all + g * wide;
                 product<true>(tile.N, wide, d, k + g * s.step * T, T, keys + g * d * wide, wide, S, wide);  // T, m
@@ -643,8 +800,7 @@ void gather(const Shape* shape, const real* X, const real* K, const real* for_ke
                 Start start = tile.fresh ? Start::zero : Start::scaled;
                 real* total = totals + part.index * s.C * width;
                 if (s.at_landmarks)
-                    product<false>(s.C, wide, tile.count, x, T, S, wide, total + g * wide, width, start,
-                                   factors + here);
+                    left.times(wide, S, wide, total + g * wide, width, start, factors + here);
                 else
                     product<false>(c, wide, tile.count, v + g * c * T, T, S, wide, total + g * c * wide, width, start,
                                    factors + here);
@@ -710,12 +866,20 @@ void gather_backward(const Shape* shape, const real* X, const real* features, co
         real *k = worker_memory.take(s.D * T), *d_k = worker_memory.take(s.D * T);
         real *S = worker_memory.take(marks * T), *d_S = worker_memory.take(marks * T);
         real *k_turned = worker_memory.zeros(T * deep), *x_turned = worker_memory.zeros(T * padded(s.C));
+        real *scratch = worker_memory.take(Factor<false>::scratch(s.C, marks));
+        real *turned_scratch = worker_memory.take(Factor<true>::scratch(marks, s.C));
+        Factor<false> wide;
+        Factor<true> wide_turned;
         tiles([&](const Tile& tile) {
             long b = tile.part.image, N = tile.N;
             const real* rows = d_gathered + b * marks * (s.at_landmarks ? s.C : c);
+            if (s.at_landmarks && tile.fresh) {
+                wide = {rows, s.C, marks, marks, scratch};
+                wide_turned = {rows, marks, s.C, marks, turned_scratch};
+            }
             load(tile.of(features, s.C, s.n), v, T);
             load(tile.of(K, s.D, s.n), k, T);
-            if (s.at_landmarks) product<true>(marks, N, s.C, rows, marks, v, T, d_S, T);
+            if (s.at_landmarks) wide_turned.times(N, v, T, d_S, T);
             for (long g = 0; g < s.groups; g++) {
                 const real* keys = for_keys + (b * s.groups + g) * d * s.m;
                 real *map = S + g * s.m * T, *d_map = d_S + g * s.m * T;
@@ -738,7 +902,7 @@ void gather_backward(const Shape* shape, const real* X, const real* features, co
                     product<false>(c, N, s.m, rows + g * c * s.m, s.m, map, T, d_v + g * c * T, T);
             }
             if (s.at_landmarks) {
-                product<false>(s.C, N, marks, rows, marks, S, T, d_tile, T);
+                wide.times(N, S, T, d_tile, T);
             } else {
                 load(tile.of(X, s.C, s.n), x, T);
                 add_outer(s.C, d_v, x, x_turned, of_value + worker * square, N, T);
@@ -769,12 +933,16 @@ void spread(const Shape* shape, const real* X, const real* Q, const real* for_qu
         real *q = worker_memory.take(s.D * T), *A = worker_memory.take(marks * T);
         real* own = worker_memory.take(s.groups * T);
         real *U = worker_memory.take(s.C * T), *O = worker_memory.take(s.C * T);
+        real* scratch = worker_memory.take(Factor<false>::scratch(s.C, marks));
+        Factor<false> wide;
         tiles([&](const Tile& tile) {
             long b = tile.part.image;
+            const real* rows = source + b * marks * columns;
+            if (s.at_landmarks && tile.fresh) wide = {rows, s.C, marks, marks, scratch};
             load(tile.of(Q, s.D, s.n), q, T);
             const real* queries = for_queries + b * s.groups * s.d * s.m;
             map_of_queries(s, q, queries, bias + b * marks, landmark_of, tile, A, own, T);
-            attend(s, A, source + b * marks * columns, W_f, b_f, U, O, tile.N, T);
+            attend(s, A, wide, rows, W_f, b_f, U, O, tile.N, T);
             auto x = tile.of(X, s.C, s.n);
             auto to = tile.of(out, s.C, s.n);
             for (long row = 0; row < s.C; row++) {
@@ -829,15 +997,24 @@ void spread_backward(const Shape* shape, const real* X, const real* Q, const rea
         std::fill(of_fuse + worker * square, of_fuse + (worker + 1) * square, real(0));
         real *G = worker_memory.take(s.C * T), *U_turned = worker_memory.zeros(T * padded(s.C));
         real* q_turned = worker_memory.zeros(T * deep);
+        real *scratch = worker_memory.take(Factor<false>::scratch(s.C, marks));
+        real *turned_scratch = worker_memory.take(Factor<true>::scratch(marks, s.C));
+        real *tile_scratch = worker_memory.take(Factor<false>::scratch(s.C, T));
+        Factor<false> wide_rows;
+        Factor<true> wide_turned;
         vec alpha_total{};
         tiles([&](const Tile& tile) {
             long b = tile.part.image, N = tile.N;
             const real* rows = source + b * marks * (s.at_landmarks ? s.C : c);
+            if (s.at_landmarks && tile.fresh) {
+                if (!out) wide_rows = {rows, s.C, marks, marks, scratch};
+                wide_turned = {rows, marks, s.C, marks, turned_scratch};
+            }
             const real* queries = for_queries + b * s.groups * s.d * s.m;
             real* source_total = of_source + tile.part.index * s.C * width;
             load(tile.of(Q, s.D, s.n), q, T);
             map_of_queries(s, q, queries, bias + b * marks, landmark_of, tile, A, own, T);
-            attend(s, A, rows, W_f, b_f, U, out ? nullptr : O, N, T);
+            attend(s, A, wide_rows, rows, W_f, b_f, U, out ? nullptr : O, N, T);
             auto x = tile.of(X, s.C, s.n), given = tile.of(grad_out, s.C, s.n);
             auto result = tile.of(out ? out : X, s.C, s.n);
             auto to = tile.of(d_x, s.C, s.n);
@@ -870,8 +1047,8 @@ void spread_backward(const Shape* shape, const real* X, const real* Q, const rea
             if (s.at_landmarks) {
                 real* turned = d_A;  // until that is computed
                 for (long g = 0; g < s.groups; g++) transpose(A + g * s.m * T, s.m, N, T, turned + g * wide, width);
-                product<false>(s.C, width, N, d_U, T, turned, width, source_total, width, tile.start());
-                product<true>(marks, N, s.C, rows, marks, d_U, T, d_A, T);
+                Factor<false>(d_U, s.C, N, T, tile_scratch).times(width, turned, width, source_total, width, tile.start());
+                wide_turned.times(N, d_U, T, d_A, T);
             }
             for (long g = 0; g < s.groups; g++) {
                 real *map = A + g * s.m * T, *d_map = d_A + g * s.m * T;
@@ -928,11 +1105,12 @@ void project_backward(const Shape* shape, const real* X, const real* W_q, const 
     real* of_weights = caller_memory.take(s.workers * s.C * width);
     real* W_turned = caller_memory.take(s.C * 2 * s.D);  // of both, whose rows a product reads faster than columns
     for (long side = 0; side < 2; side++) turned_weight(s, W[side], s.D, s.C, W_turned + side * s.D, 2 * s.D);
+    const auto weight = Factor<false>::of_all(s, W_turned, s.C, 2 * s.D, 2 * s.D);
     shares.each([&](long worker, const auto& tiles) {
         std::fill(of_weights + worker * s.C * width, of_weights + (worker + 1) * s.C * width, real(0));
         real *x = worker_memory.take(s.C * T), *d_tile = worker_memory.take(s.C * T);
         real *y = worker_memory.take(s.D * T), *d_both = worker_memory.take(2 * s.D * T);
-        real* turned = worker_memory.zeros(T * width);
+        real *turned = worker_memory.zeros(T * width), *scratch = worker_memory.take(Factor<false>::scratch(s.C, T));
         std::vector<Lookup> lookup(T / LANES);
         tiles([&](const Tile& tile) {
             long b = tile.part.image;
@@ -950,10 +1128,10 @@ void project_backward(const Shape* shape, const real* X, const real* W_q, const 
                 }
                 transpose(d_y, s.D, tile.N, T, turned + side * deep, width);
             }
-            product<false>(s.C, tile.N, 2 * s.D, W_turned, 2 * s.D, d_both, T, d_tile, T);
+            weight.times(tile.N, d_both, T, d_tile, T);
             load(tile.of(X, s.C, s.n), x, T);
-            product<false>(s.C, width, tile.N, x, T, turned, width, of_weights + worker * s.C * width, width,
-                           Start::target);
+            Factor<false>(x, s.C, tile.N, T, scratch)
+                .times(width, turned, width, of_weights + worker * s.C * width, width, Start::target);
             add(d_tile, tile.of(d_x, s.C, s.n), T);
         });
     });
@@ -986,32 +1164,34 @@ void times_at_landmarks(const Shape* shape, const real* W, long of_rows, long na
                         const real* bias, real* to) {
     const Shape& s = *shape;
     long c = s.C / s.groups, wide = padded(s.m), rows = narrows ? c : s.C, columns = narrows ? s.C : c;
-    long units = s.B * s.groups, pieces = std::min((rows + 31) / 32, (s.workers + units - 1) / units);
-    if (bool(of_rows) != bool(narrows)) {  // a product reads the rows of a transpose faster than columns
-        caller_memory.reset();
-        W = turned_weight(s, W, s.C, s.C, caller_memory.take(s.C * s.C), s.C);
-        of_rows = !of_rows;
-    }
+    // A worker takes some of its rows at a time, which stay in the cache for all images.
+    long block = std::max(4 * ROWS, std::min(128L, rows * s.groups / s.workers / (4 * ROWS) * (4 * ROWS)));
+    long blocks = (rows + block - 1) / block;
+    bool turned = bool(of_rows) != bool(narrows);  // a product reads the rows of a transpose faster than columns
     bool direct = s.m == wide;  // without a copy whose rows are padded
     long from_stride = direct ? place_of(s, !narrows, 0, 0, 1) : wide;
     long to_stride = direct ? place_of(s, narrows, 0, 0, 1) : wide;
     each_worker(s.workers, [&](long worker) {
         real* padded_x = direct ? nullptr : worker_memory.zeros(columns * wide);
-        real* padded_y = direct ? nullptr : worker_memory.take(rows * wide);
-        for (long i = units * pieces * worker / s.workers; i < units * pieces * (worker + 1) / s.workers; i++) {
-            long unit = i / pieces, b = unit / s.groups, g = unit % s.groups;
-            long first = rows * (i % pieces) / pieces, count = rows * (i % pieces + 1) / pieces - first;
-            for (long row = 0; row < columns && !direct; row++)
-                std::memcpy(padded_x + row * wide, from + place_of(s, !narrows, b, g, row), s.m * sizeof(real));
-            const real* x = direct ? from + place_of(s, !narrows, b, g, 0) : padded_x;
-            real* y = direct ? to + place_of(s, narrows, b, g, first) : padded_y;
-            for (long row = 0; row < count && bias; row++)
-                std::fill(y + row * to_stride, y + row * to_stride + wide, bias[first + row]);
-            const real* share = W + g * c * (of_rows ? s.C : 1) + first * s.C;
-            product<false>(count, wide, columns, share, s.C, x, from_stride, y, to_stride,
-                           bias ? Start::target : Start::zero);
-            for (long row = 0; row < count && !direct; row++)
-                std::memcpy(to + place_of(s, narrows, b, g, first + row), y + row * wide, s.m * sizeof(real));
+        real* padded_y = direct ? nullptr : worker_memory.take(block * wide);
+        real* own_share = turned ? worker_memory.take(block * columns) : nullptr;
+        real* scratch = worker_memory.take(Factor<false>::scratch(block, columns));
+        for (long i = s.groups * blocks * worker / s.workers; i < s.groups * blocks * (worker + 1) / s.workers; i++) {
+            long g = i / blocks, first = i % blocks * block, count = std::min(block, rows - first);
+            const real* share = W + g * c * (of_rows ? s.C : 1) + first * (turned ? 1 : s.C);
+            if (turned) transpose(share, columns, count, s.C, own_share, columns);
+            Factor<false> factor(turned ? own_share : share, count, columns, turned ? columns : s.C, scratch);
+            for (long b = 0; b < s.B; b++) {
+                for (long row = 0; row < columns && !direct; row++)
+                    std::memcpy(padded_x + row * wide, from + place_of(s, !narrows, b, g, row), s.m * sizeof(real));
+                const real* x = direct ? from + place_of(s, !narrows, b, g, 0) : padded_x;
+                real* y = direct ? to + place_of(s, narrows, b, g, first) : padded_y;
+                for (long row = 0; row < count && bias; row++)
+                    std::fill(y + row * to_stride, y + row * to_stride + wide, bias[first + row]);
+                factor.times(wide, x, from_stride, y, to_stride, bias ? Start::target : Start::zero);
+                for (long row = 0; row < count && !direct; row++)
+                    std::memcpy(to + place_of(s, narrows, b, g, first + row), y + row * wide, s.m * sizeof(real));
+            }
         }
     });
 }
@@ -1019,36 +1199,31 @@ void times_at_landmarks(const Shape* shape, const real* W, long of_rows, long na
 // The gradient of such a weight, (C, C), from that of one side and the other side.
 void times_at_landmarks_backward(const Shape* shape, const real* wide, const real* narrow, long of_rows, real* d_W) {
     const Shape& s = *shape;
-    long c = s.C / s.groups, panels = (c + PANEL - 1) / PANEL, units = s.B * s.groups, unit_size = panels * s.m * PANEL;
+    // The share of a worker at a time: `block` rows of `wide` and `some` of `narrow`, added up over the batch.
+    long c = s.C / s.groups, some = std::min(256L, padded(c)), columns = (c + some - 1) / some;
+    long block = std::max(ROWS, std::min(128L, s.C * s.groups / s.workers / ROWS * ROWS));
+    long rows = (s.C + block - 1) / block, shares = s.groups * rows * columns, units = s.B * s.groups * columns;
     caller_memory.reset();
-    real* turned = caller_memory.take(units * unit_size);  // B, groups, panels, m, PANEL
+    real* turned = caller_memory.take(units * s.m * some);  // B, groups, columns, m, some
     each_worker(s.workers, [&](long worker) {
-        for (long i = units * panels * worker / s.workers; i < units * panels * (worker + 1) / s.workers; i++) {
-            long first = i % panels * PANEL;
-            transpose(narrow + (i / panels * c + first) * s.m, std::min(PANEL, c - first), s.m, s.m,
-                      turned + i * s.m * PANEL, PANEL);
+        for (long i = units * worker / s.workers; i < units * (worker + 1) / s.workers; i++) {
+            long first = i % columns * some;
+            transpose(narrow + (i / columns * c + first) * s.m, std::min(some, c - first), s.m, s.m,
+                      turned + i * s.m * some, some);
         }
     });
-    // The share of a worker at a time: `block` rows of `wide` and `some` panels, which it adds up over the batch.
-    long block = std::max(ROWS, std::min(128L, s.C * s.groups / s.workers / ROWS * ROWS)), some = 4;
-    long rows = (s.C + block - 1) / block, columns = (panels + some - 1) / some, shares = s.groups * rows * columns;
     each_worker(s.workers, [&](long worker) {
-        real* total = worker_memory.take(some * block * PANEL);
+        real *total = worker_memory.take(block * some), *scratch = worker_memory.take(Factor<false>::scratch(block, s.m));
         for (long i = shares * worker / s.workers; i < shares * (worker + 1) / s.workers; i++) {
             long g = i / (rows * columns), first = i / columns % rows * block, count = std::min(block, s.C - first);
-            long begin = i % columns * some, end = std::min(panels, begin + some);
             for (long b = 0; b < s.B; b++)
-                for (long panel = begin; panel < end; panel++)
-                    product<false>(count, PANEL, s.m, wide + place_of(s, false, b, g, first), s.groups * s.m,
-                                   turned + (b * s.groups + g) * unit_size + panel * s.m * PANEL, PANEL,
-                                   total + (panel - begin) * block * PANEL, PANEL, b ? Start::target : Start::zero);
-            for (long panel = begin; panel < end; panel++) {
-                const real* from = total + (panel - begin) * block * PANEL;
-                long column = g * c + panel * PANEL, there = std::min(PANEL, c - panel * PANEL);
-                if (of_rows) transpose(from, count, there, PANEL, d_W + column * s.C + first, s.C);
-                for (long row = 0; row < count && !of_rows; row++)
-                    std::memcpy(d_W + (first + row) * s.C + column, from + row * PANEL, there * sizeof(real));
-            }
+                Factor<false>(wide + place_of(s, false, b, g, first), count, s.m, s.groups * s.m, scratch)
+                    .times(some, turned + ((b * s.groups + g) * columns + i % columns) * s.m * some, some, total, some,
+                           b ? Start::target : Start::zero);
+            long from = i % columns * some, there = std::min(some, c - from), column = g * c + from;
+            if (of_rows) transpose(total, count, there, some, d_W + column * s.C + first, s.C);
+            for (long row = 0; row < count && !of_rows; row++)
+                std::memcpy(d_W + (first + row) * s.C + column, total + row * some, there * sizeof(real));
         }
     });
 }
