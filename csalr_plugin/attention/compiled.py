@@ -11,6 +11,7 @@ import subprocess
 import tempfile
 import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from csalr_plugin.attention.landmarks import LandmarkGrid
 from csalr_plugin.attention.positions import (
+    Affine,
     Gathered,
     LandmarkGradients,
     Landmarks,
@@ -27,6 +29,7 @@ from csalr_plugin.attention.positions import (
     Projections,
     Spread,
     SpreadGradients,
+    Wanted,
 )
 from csalr_plugin.errors import UserError, first_line
 
@@ -63,21 +66,47 @@ class CompiledPositions(Positions):
         """See :class:`Positions`; made once a shape, as some ten tensor operations take as long as a small pass."""
         return members_of(grid.height, grid.width, (grid.rows, grid.columns))
 
-    def project(self, W_q: Tensor, W_k: Tensor, bounded: bool = False) -> Projections:
+    def project(self, W_q: Tensor, W_k: Tensor, wanted: Wanted | None = None) -> Projections:
         """See :class:`Positions`."""
         Q, K = (self._new(len(W), self._n) for W in (W_q, W_k))
-        largest = self.X.new_empty(2) if bounded else None
-        self._call("project", len(W_q), 0, self.X, W_q, W_k, Q, K, largest)
-        return Projections(Q, K, largest)
+        largest = self.X.new_empty(2) if wanted == "largest" else None
+        moments = self.X.new_empty(2, 2, len(W_q)) if wanted == "moments" else None
+        means, deviations = (None, None) if moments is None else moments
+        self._call("project", len(W_q), 0, self.X, W_q, W_k, Q, K, largest, means, deviations)
+        return Projections(Q, K, largest, moments)
 
     def moments(self, features: Tensor) -> tuple[Tensor, Tensor]:
         """See :class:`Positions`."""
         if features.dtype is not self.X.dtype:
             return super().moments(features)
         _, channels, n = features.shape
-        means, deviations = (features.new_empty(channels) for _ in range(2))
+        means, deviations = features.new_empty(2, channels)
         self._call("moments", 0, 0, features, channels, n, means, deviations)
         return means, deviations
+
+    def affine(
+        self, moments: tuple[Tensor, Tensor], count: int, gain: Tensor, shift: Tensor | None, eps: float
+    ) -> Affine:
+        """See :class:`Positions`."""
+        vectors = scale, offset, variance, inverse_deviation = gain.new_empty(4, len(gain))
+        self._call("affine", 0, 0, len(gain), count, eps, *moments, gain, shift, *vectors)
+        return Affine(scale, None if shift is None else offset, variance, inverse_deviation)
+
+    def affine_backward(
+        self,
+        scale: Tensor,
+        mean: Tensor,
+        inverse_deviation: Tensor,
+        count: int,
+        d_scale: Tensor,
+        d_offset: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """See :class:`Positions`."""
+        d_gain, slope, constant = vectors = scale.new_empty(3, len(scale))
+        self._call(
+            "affine_backward", 0, 0, len(scale), count, scale, mean, inverse_deviation, d_scale, d_offset, *vectors
+        )
+        return d_gain, slope, constant
 
     def landmarks(self, Q: Tensor, K: Tensor, scale_q: Tensor, offset_q: Tensor, scale_k: Tensor) -> Landmarks:
         """See :class:`Positions`."""
@@ -85,9 +114,8 @@ class CompiledPositions(Positions):
         D, m, groups = Q.shape[1], self.grid.m, self.groups
         shapes = [(D // groups, m)] * 6 + [(1, m), (m, m)]
         marks = Landmarks(*(self._new(groups, *shape) for shape in shapes))
-        for features, pooled in ((Q, marks.pooled_q), (K, marks.pooled_k)):
-            self._call("pool", D, m, features, self.landmark_of, self.grid.width, self.sizes, pooled)
-        self._call("landmarks", D, m, marks.pooled_q, marks.pooled_k, scale_q, offset_q, scale_k, *marks[2:])
+        members = self.landmark_of, self.grid.width, self.sizes
+        self._call("landmarks", D, m, Q, K, *members, scale_q, offset_q, scale_k, *marks)
         return marks
 
     def landmarks_backward(
@@ -153,8 +181,7 @@ class CompiledPositions(Positions):
 
     def values_backward(self, d_E: Tensor, rows: Tensor, W_v: Tensor) -> tuple[Tensor, Tensor]:
         """See :class:`Positions`."""
-        d_W_v = self._weight_at_landmarks(rows, d_E, of_rows=True)
-        return self._at_landmarks(W_v, d_E, of_rows=True, narrows=False), d_W_v
+        return self._at_landmarks_backward(W_v, d_E, rows, of_rows=True, narrows=False)
 
     def fuse(self, Z: Tensor, W_f: Tensor, b_f: Tensor) -> Tensor:
         """See :class:`Positions`."""
@@ -162,8 +189,7 @@ class CompiledPositions(Positions):
 
     def fuse_backward(self, d_source: Tensor, Z: Tensor, W_f: Tensor) -> tuple[Tensor, Tensor]:
         """See :class:`Positions`."""
-        d_W_f = self._weight_at_landmarks(d_source, Z, of_rows=False)
-        return self._at_landmarks(W_f, d_source, of_rows=False, narrows=True), d_W_f
+        return self._at_landmarks_backward(W_f, d_source, Z, of_rows=False, narrows=True)
 
     def gather_backward(
         self, d_x: Tensor, K: Tensor, for_keys: Tensor, W_v: Tensor, gathered: Gathered, d_rows: Tensor
@@ -235,12 +261,15 @@ class CompiledPositions(Positions):
         )
         return of_landmarks(result, not narrows)
 
-    def _weight_at_landmarks(self, wide: Tensor, narrow: Tensor, *, of_rows: bool) -> Tensor:
-        """Of such a weight the gradient: (B, groups, m, C), (B, groups, m, c) -> (C, C)."""
-        d_W = wide.new_empty(wide.shape[3], wide.shape[3])
-        both = of_channels(wide, True), of_channels(narrow, False)
-        self._call("times_at_landmarks_backward", 0, wide.shape[2], *both, of_rows, d_W)
-        return d_W
+    def _at_landmarks_backward(
+        self, W: Tensor, gradient: Tensor, other: Tensor, *, of_rows: bool, narrows: bool
+    ) -> tuple[Tensor, Tensor]:
+        """`times_at_landmarks_backward` of positions.cpp: the gradients of `other`, typed and shaped so, and of W."""
+        m = other.shape[2]
+        result, d_W = self._narrow(m) if narrows else self._wide(m), torch.empty_like(W)
+        given = of_channels(gradient, narrows), of_channels(other, not narrows)
+        self._call("times_at_landmarks_backward", 0, m, W, of_rows, narrows, *given, result, d_W)
+        return of_landmarks(result, not narrows), d_W
 
     def _wide(self, m: int) -> Tensor:
         """Memory for m rows of C a group: (B, C, groups, m)."""
@@ -264,26 +293,30 @@ class CompiledPositions(Positions):
         Raises:
             UserError: a tensor is on another device than x, or of another type.
         """
-        types = (self.X.dtype, torch.int64)
-        passed: list[ctypes.c_void_p | ctypes.c_long | ctypes.c_double] = []
+        X, dtype = self.X, self.X.dtype
+        passed: list[Any] = []
         copies = []  # they must live until the function returns
         for one in arguments:
-            if isinstance(one, Tensor):
-                if not one.is_cpu or one.dtype not in types:
-                    raise UserError(
-                        f"x is {self.X.dtype} on {self.X.device}, and a tensor of the attention block {one.dtype} on "
-                        f"{one.device}: they must be the same; move one of them by .to()."
-                    )
-                copies.append(one.contiguous())
-                passed.append(ctypes.c_void_p(copies[-1].data_ptr()))
-            elif one is None:
-                passed.append(ctypes.c_void_p(None))
-            else:
-                passed.append(ctypes.c_double(one) if isinstance(one, float) else ctypes.c_long(one))
-        B, C, n = self.X.shape
+            if not isinstance(one, Tensor):
+                passed.append(one)
+                continue
+            if not one.is_cpu or (one.dtype is not dtype and one.dtype is not torch.int64):
+                raise UserError(
+                    f"x is {dtype} on {X.device}, and a tensor of the attention block {one.dtype} on {one.device}: "
+                    "they must be the same; move one of them by .to()."
+                )
+            if not one.is_contiguous():
+                one = one.contiguous()
+                copies.append(one)
+            passed.append(one.data_ptr())
+        B, C, n = X.shape
         d, step = (D, 0) if self.grid is None else (D // self.groups, D // self.groups)
-        sizes = (B, C, D, d, step, n, m, self.groups, self.way.at_landmarks, torch.get_num_threads())
-        getattr(library(self.X.dtype), name)(ctypes.byref(Shape(*sizes)), *passed)
+        shape = Shape(B, C, D, d, step, n, m, self.groups, self.way.at_landmarks, torch.get_num_threads())
+        function = getattr(library(dtype), name)
+        if function.argtypes is None:  # said once; it would take as long as some of the functions
+            kinds = {int: ctypes.c_long, bool: ctypes.c_long, float: ctypes.c_double}
+            function.argtypes = [ctypes.c_void_p, *(kinds.get(type(one), ctypes.c_void_p) for one in arguments)]
+        function(ctypes.byref(shape), *passed)
 
 
 @functools.lru_cache(maxsize=64)

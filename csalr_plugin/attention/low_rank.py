@@ -87,16 +87,19 @@ class LowRankAttention(torch.autograd.Function):
             W_q, W_k, W_v, W_f = matrices(weights)
             grid = LandmarkGrid(x.shape[2], x.shape[3], landmarks, x.device)
             positions = positions_of(x, grid, groups, way, dtype)
-            Q, K, largest = positions.project(W_q, W_k, bounded=eps is None)  # B, C', n
-            normal_q = Normalisation.over(positions, Q, gain_q, shift_q, eps, everywhere)
-            normal_k = Normalisation.over(positions, K, gain_k, None, eps, everywhere)
-            largest_q, largest_k = (None, None) if largest is None else largest
+            projected = Q, K, *_ = positions.project(W_q, W_k, "largest" if eps is None else "moments")  # B, C', n
+            largest_q, largest_k = (None, None) if projected.largest is None else projected.largest
+            moments_q, moments_k = (None, None) if projected.moments is None else projected.moments.unbind(1)
+            count = len(x) * Q.shape[2]
+            normal_q = Normalisation.over(positions, moments_q, count, gain_q, shift_q, eps, everywhere)
+            normal_k = Normalisation.over(positions, moments_k, count, gain_k, None, eps, everywhere)
             guard = logit_guard(normal_q.bound(largest_q, gain_q, shift_q), normal_k.bound(largest_k, gain_k, None))
             affine = normal_q.scale, normal_q.offset, normal_k.scale * guard
             marks = positions.landmarks(Q, K, *affine)
             gathered = positions.gather(K, marks.for_keys, W_v)
             E = positions.values(gathered.rows, W_v) if way.at_landmarks else gathered.rows  # B, groups, m, c
-            normal_v = Normalisation.over(positions, E.mT.flatten(1, 2), gain_v, shift_v, eps, everywhere)
+            moments_v = None if eps is None else positions.moments(E.mT.flatten(1, 2))
+            normal_v = Normalisation.over(positions, moments_v, len(x) * grid.m, gain_v, shift_v, eps, everywhere)
             inverse = positions.inverse(marks.S_mm, floor)  # B, groups, m, m
             Z = positions.solve(inverse, E, normal_v.scale, normal_v.offset)  # B, groups, m, c
             source = fuse_at_landmarks(positions, Z, W_f, b_f)  # B, groups, m, C or c
@@ -133,7 +136,7 @@ class LowRankAttention(torch.autograd.Function):
             W_q, W_k, W_v, W_f = matrices(weights)
             positions = positions_of(x, grid, groups, way, dtype)
             if Q is None:
-                Q, K, _largest = positions.project(W_q, W_k)
+                Q, K, *_ = positions.project(W_q, W_k)
             affine = normal_q.scale, normal_q.offset, normal_k.scale * guard
             marks = positions.landmarks(Q, K, *affine)
             gathered = Gathered(rows, V, log_sum) if way.keeps_gathered else positions.gather(K, marks.for_keys, W_v)
@@ -154,7 +157,7 @@ class LowRankAttention(torch.autograd.Function):
             if way.at_landmarks and W_f is not None:
                 d_Z, d_W_f = positions.fuse_backward(spread.source, Z, W_f)
             d_E, d_scale_v, d_offset_v = positions.solve_backward(inverse, E, d_Z)  # normalised E: B, groups, m, c
-            d_gain_v, d_shift_v, slope_v, constant_v = normal_v.backward(d_scale_v, d_offset_v)
+            d_gain_v, d_shift_v, slope_v, constant_v = normal_v.backward(positions, d_scale_v, d_offset_v)
             d_rows = positions.normalise_backward(d_E, E, normal_v.scale, slope_v, constant_v)
             d_W_v = None
             if way.at_landmarks:
@@ -166,8 +169,8 @@ class LowRankAttention(torch.autograd.Function):
 
             # Q and K.
             d_marks = positions.landmarks_backward(marks, affine, floor, (Z, d_E), d_for_keys, spread)
-            d_gain_q, d_shift_q, slope_q, constant_q = normal_q.backward(d_marks.scale_q, d_marks.offset_q)
-            d_gain_k, _no_shift, slope_k, constant_k = normal_k.backward(d_marks.scale_k * guard, None)
+            d_gain_q, d_shift_q, slope_q, constant_q = normal_q.backward(positions, d_marks.scale_q, d_marks.offset_q)
+            d_gain_k, _no_shift, slope_k, constant_k = normal_k.backward(positions, d_marks.scale_k * guard, None)
             d_W_q, d_W_k = positions.project_backward(
                 spread.x,
                 ProjectionGradient(W_q, Q, spread.Q, slope_q, constant_q, d_marks.share_q),
@@ -204,26 +207,24 @@ class Normalisation:
     def over(
         cls,
         positions: Positions,
-        features: Tensor,
+        moments: Sequence[Any] | None,
+        count: int,
         gain: Tensor,
         shift: Tensor | None,
         eps: float | None,
         everywhere: bool,
     ) -> Normalisation:
-        """By the statistics of `features`, (B, channels, positions); gain and shift alone where `eps` is None.
+        """By the statistics of `count` values a channel, from :meth:`Positions.moments`; gain and shift alone where
+        `eps` is None.
 
         `everywhere`: of the features of all processes.
         """
-        count = len(features) * features.shape[2]
-        if eps is None:
+        if moments is None or eps is None:
             return cls((gain, shift, None, None), None, count, everywhere)
-        mean, deviations = positions.moments(features)
+        mean, deviations = moments
         if everywhere:
             mean, deviations, count = over_processes(mean, deviations, count)
-        variance = deviations / count
-        inverse_deviation = (variance + eps).rsqrt_()
-        scale = gain * inverse_deviation
-        offset = None if shift is None else torch.addcmul(shift, scale, mean, value=-1)
+        scale, offset, variance, inverse_deviation = positions.affine((mean, deviations), count, gain, shift, eps)
         return cls((scale, offset, mean, inverse_deviation), variance, count, everywhere)
 
     def bound(self, largest: Tensor | None, gain: Tensor, shift: Tensor | None) -> Tensor:
@@ -235,23 +236,18 @@ class Normalisation:
         return (bounds if shift is None else bounds.add_(shift.abs())).amax()
 
     def backward(
-        self, d_scale: Tensor, d_offset: Tensor | None
+        self, positions: Positions, d_scale: Tensor, d_offset: Tensor | None
     ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
         """Gradients of gain and shift, and (slope, constant): what each feature's gradient gets through mean and
         variance is ``slope * feature + constant``. All (channels,); `d_offset` None is 0."""
         if self.inverse_deviation is None or self.mean is None:
             return d_scale, d_offset, None, None
-        if d_offset is not None:
-            d_scale = torch.addcmul(d_scale, d_offset, self.mean, value=-1)  # offset = shift - scale * mean
-        d_gain, d_shift = d_scale * self.inverse_deviation, d_offset
+        given = self.scale, self.mean, self.inverse_deviation, self.count
+        d_gain, slope, constant = positions.affine_backward(*given, d_scale, d_offset)
         if self.everywhere:  # mean and variance act on every process's features
             d_scale, *rest = sum_over_processes(*(one for one in (d_scale, d_offset) if one is not None))
-            d_offset = rest[0] if rest else None
-        # From the gradients of the variance, -1/2 d_scale scale / (variance + eps), and of the mean, -d_offset scale.
-        per_value = self.scale / -self.count
-        slope = per_value * d_scale * self.inverse_deviation.square()
-        constant = -slope * self.mean
-        return d_gain, d_shift, slope, constant if d_offset is None else constant.addcmul_(per_value, d_offset)
+            _, slope, constant = positions.affine_backward(*given, d_scale, rest[0] if rest else None)
+        return d_gain, d_offset, slope, constant
 
 
 def matrices(weights: Sequence[Tensor | None]) -> list[Any]:

@@ -18,6 +18,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <limits>
+#include <optional>
 #include <type_traits>
 #include <utility>
 #include <vector>
@@ -310,6 +311,33 @@ class Lookup {
     wholes lanes{};
 };
 
+// Mean and sum of squares about it of `count` numbers.
+struct Moments {
+    real mean = 0, squares = 0;
+    long count = 0;
+
+    Moments() = default;
+    Moments(const real* from, long count) : count(count) {
+        long whole_registers = count / LANES * LANES;
+        vec total{}, square{};
+        for (long t = 0; t < whole_registers; t += LANES) total += at(from + t);
+        mean = sum(total);
+        for (long t = whole_registers; t < count; t++) mean += from[t];
+        mean /= count;
+        for (long t = 0; t < whole_registers; t += LANES) square += (at(from + t) - mean) * (at(from + t) - mean);
+        squares = sum(square);
+        for (long t = whole_registers; t < count; t++) squares += (from[t] - mean) * (from[t] - mean);
+    }
+    // Of both together (Chan et al., 1979): the difference of two large sums would lose digits.
+    void operator+=(const Moments& other) {
+        if (!other.count) return;
+        count += other.count;
+        real share = real(other.count) / count, difference = other.mean - mean;
+        mean += difference * share;
+        squares += other.squares + difference * difference * share * (count - other.count);
+    }
+};
+
 // Softmax over the rows of each of N columns of (m, T), to which `bias`, (m,), is added before.
 void softmax_of_columns(real* logits, const real* bias, long m, long N, long T) {
     for (real* column = logits; column < logits + N; column += LANES) {
@@ -423,10 +451,9 @@ class Factor {
         if (sums) add_quarters(0, 1);
     }
     // The same for all workers, who make the sums together, in the caller's memory.
-    static Factor of_all(const Shape& s, const real* A, long M, long K, long lda) {
-        Factor factor(A, M, K, lda, caller_memory.take(scratch(M, K)), nullptr);
-        if (factor.sums) each_worker(s.workers, [&](long worker) { factor.add_quarters(worker, s.workers); });
-        return factor;
+    Factor(const Shape& s, const real* A, long M, long K, long lda)
+        : Factor(A, M, K, lda, caller_memory.take(scratch(M, K)), nullptr) {
+        if (sums) each_worker(s.workers, [&](long worker) { add_quarters(worker, s.workers); });
     }
 
     // C = start + A B for (K, N).
@@ -627,13 +654,21 @@ void add_up_images(long images, long columns, const real* parts, real* target) {
         for (long j = 0; j < columns; j++) target[j] += parts[b * columns + j];
 }
 
+// A weight (C, C), or its transpose, for all workers; nothing where it is null.
+template <bool turned>
+std::optional<Factor<turned>> of_all(const Shape& s, const real* W) {
+    if (!W) return {};
+    return Factor<turned>(s, W, s.C, s.C, s.C);
+}
+
 // What group g adds its gradient of queries or keys to: nothing, or what the groups before it wrote to these channels.
 Start start_of_group(const Shape& s, long g) { return g && !s.step ? Start::target : Start::zero; }
 
-// total (C, C) += left right^T over N columns of (C, T) each; `turned` is scratch, (T, padded(C)), zero beyond C.
-void add_outer(long C, const real* left, const real* right, real* turned, real* total, long N, long T) {
+// total (C, C) += left right^T over N columns of (C, T) each; `turned`, (T, padded(C)), zero beyond C, and `scratch` of
+// the left factor are for its use.
+void add_outer(long C, const real* left, const real* right, real* turned, real* scratch, real* total, long N, long T) {
     transpose(right, C, N, T, turned, padded(C));
-    product<false>(C, padded(C), N, left, T, turned, padded(C), total, padded(C), Start::target);
+    Factor<false>(left, C, N, T, scratch).times(padded(C), turned, padded(C), total, padded(C), Start::target);
 }
 
 // A_nm = S_nm + P of Eq. 15, transposed: (groups m, T). `own`: the entries of S_nm to which P adds 1,
@@ -655,36 +690,37 @@ void map_of_queries(const Shape& s, const real* q, const real* for_queries, cons
 }
 
 // O of Eq. 17, N columns of (C, T), unless null, and U, what `fuse` acts on where that is at positions.
-void attend(const Shape& s, const real* A, const Factor<false>& wide, const real* source, const real* W_f,
-            const real* b_f, real* U, real* O, long N, long T) {
+void attend(const Shape& s, const real* A, const Factor<false>& wide, const real* source,
+            const std::optional<Factor<false>>& fuse, const real* b_f, real* U, real* O, long N, long T) {
     if (s.at_landmarks) {
         if (O) wide.times(N, A, T, O, T);
         return;
     }
     long c = s.C / s.groups;
-    real* target = W_f ? U : O;
+    real* target = fuse ? U : O;
     for (long g = 0; target && g < s.groups; g++)
         product<false>(c, N, s.m, source + g * c * s.m, s.m, A + g * s.m * T, T, target + g * c * T, T);
-    if (!W_f || !O) return;
+    if (!fuse || !O) return;
     for (long row = 0; row < s.C; row++) std::fill(O + row * T, O + row * T + N, b_f[row]);
-    product<false>(s.C, N, s.C, W_f, s.C, U, T, O, T, Start::target);
+    fuse->times(N, U, T, O, T, Start::target);
 }
 
 }  // namespace
 
 extern "C" {
 
-// Q and K: X (B, C, n), W_q and W_k (D, C) -> (B, D, n) each; and the largest size of a number in either, (2,), unless
-// null.
-void project(const Shape* shape, const real* X, const real* W_q, const real* W_k, real* Q, real* K, real* largest) {
+// Q and K: X (B, C, n), W_q and W_k (D, C) -> (B, D, n) each; and unless null the largest size of a number in either,
+// (2,), or the mean of each channel and the sum of squares about it, (2, D) each.
+void project(const Shape* shape, const real* X, const real* W_q, const real* W_k, real* Q, real* K, real* largest,
+             real* means, real* deviations) {
     const Shape& s = *shape;
     Shares shares(s, false);
     const long T = shares.T;
     real* features[] = {Q, K};
     caller_memory.reset();
     real* tops = caller_memory.zeros(s.workers * 2);
-    const Factor<false> W[] = {Factor<false>::of_all(s, W_q, s.D, s.C, s.C),
-                               Factor<false>::of_all(s, W_k, s.D, s.C, s.C)};
+    const Factor<false> W[] = {{s, W_q, s.D, s.C, s.C}, {s, W_k, s.D, s.C, s.C}};
+    std::vector<Moments> moments(means ? s.workers * 2 * s.D : 0);
     shares.each([&](long worker, const auto& tiles) {
         real *x = worker_memory.take(s.C * T), *y = worker_memory.take(s.D * T);
         tiles([&](const Tile& tile) {
@@ -693,6 +729,8 @@ void project(const Shape* shape, const real* X, const real* W_q, const real* W_k
                 W[side].times(tile.N, x, T, y, T);
                 store(y, tile.of(features[side], s.D, s.n), T);
                 if (largest) tops[worker * 2 + side] = std::max(tops[worker * 2 + side], largest_of(y, s.D, tile.N, T));
+                Moments* own = moments.data() + (worker * 2 + side) * s.D;
+                for (long row = 0; row < s.D && means; row++) own[row] += Moments(y + row * T, tile.count);
             }
         });
     });
@@ -701,56 +739,52 @@ void project(const Shape* shape, const real* X, const real* W_q, const real* W_k
         for (long worker = 0; worker < s.workers; worker++)
             largest[side] = std::max(largest[side], tops[worker * 2 + side]);
     }
-}
-
-// The mean of each landmark's positions: features (B, D, n), landmark_of (n,) of maps as wide as `width`, sizes (m,)
-// -> pooled (B, D, m).
-void pool(const Shape* shape, const real* features, const int64_t* landmark_of, long width, const int64_t* sizes,
-          real* pooled) {
-    const Shape& s = *shape;
-    long rows = s.B * s.D;
-    each_worker(s.workers, [&](long worker) {
-        real* band = worker_memory.take(padded(width));  // lines of the map whose landmarks are the same, added up
-        for (long row = rows * worker / s.workers; row < rows * (worker + 1) / s.workers; row++) {
-            const real* from = features + row * s.n;
-            real* to = pooled + row * s.m;
-            std::fill(to, to + s.m, real(0));
-            for (long line = 0, end; line < s.n; line = end) {
-                std::fill(band, band + width, real(0));
-                for (end = line; end < s.n && landmark_of[end] == landmark_of[line]; end += width)
-                    for (long t = 0; t < width; t++) band[t] += from[end + t];
-                for (long t = 0; t < width; t++) to[landmark_of[line + t]] += band[t];
-            }
-            for (long k = 0; k < s.m; k++) to[k] /= sizes[k];
-        }
-    });
+    for (long row = 0; row < 2 * s.D && means; row++) {
+        for (long worker = 1; worker < s.workers; worker++) moments[row] += moments[worker * 2 * s.D + row];
+        means[row] = moments[row].mean;
+        deviations[row] = moments[row].squares;
+    }
 }
 
 // The mean of each channel, and the sum of squares about it: features (B, channels, n) -> (channels,) each.
 void moments(const Shape* shape, const real* features, long channels, long n, real* means, real* deviations) {
     const Shape& s = *shape;
-    long whole_registers = n / LANES * LANES;
     each_worker(s.workers, [&](long worker) {
-        real* each = worker_memory.take(s.B);  // image's own mean
         for (long row = channels * worker / s.workers; row < channels * (worker + 1) / s.workers; row++) {
-            means[row] = deviations[row] = 0;
-            for (long b = 0; b < s.B; b++) {
-                const real* from = features + (b * channels + row) * n;
-                vec total{}, square{};
-                for (long t = 0; t < whole_registers; t += LANES) total += at(from + t);
-                real mean = sum(total);
-                for (long t = whole_registers; t < n; t++) mean += from[t];
-                mean /= n;
-                for (long t = 0; t < whole_registers; t += LANES)
-                    square += (at(from + t) - mean) * (at(from + t) - mean);
-                deviations[row] += sum(square);
-                for (long t = whole_registers; t < n; t++) deviations[row] += (from[t] - mean) * (from[t] - mean);
-                means[row] += mean / s.B;
-                each[b] = mean;
-            }
-            for (long b = 0; b < s.B; b++) deviations[row] += n * (each[b] - means[row]) * (each[b] - means[row]);
+            Moments all;
+            for (long b = 0; b < s.B; b++) all += Moments(features + (b * channels + row) * n, n);
+            means[row] = all.mean;
+            deviations[row] = all.squares;
         }
     });
+}
+
+// Batch norm as an affine map, from what `moments` finds in `count` values a channel: gain and, unless null, shift
+// (channels,) -> scale; offset unless null; biased variance; inverse of the deviation.
+void affine(const Shape*, long channels, long count, double eps, const real* means, const real* deviations,
+            const real* gain, const real* shift, real* scale, real* offset, real* variance,
+            real* inverse_deviation) {
+    for (long row = 0; row < channels; row++) {
+        variance[row] = deviations[row] / count;
+        inverse_deviation[row] = 1 / std::sqrt(variance[row] + real(eps));
+        scale[row] = gain[row] * inverse_deviation[row];
+        if (shift) offset[row] = shift[row] - scale[row] * means[row];
+    }
+}
+
+// From the gradients of scale and, unless null, of offset that of gain, and what each feature's gradient gets through
+// the statistics: slope * feature + constant. (channels,) each.
+void affine_backward(const Shape*, long channels, long count, const real* scale, const real* means,
+                     const real* inverse_deviation, const real* d_scale, const real* d_offset, real* d_gain,
+                     real* slope, real* constant) {
+    for (long row = 0; row < channels; row++) {
+        real d_shift = d_offset ? d_offset[row] : 0, d = d_scale[row] - d_shift * means[row], inverse = inverse_deviation[row];
+        d_gain[row] = d * inverse;
+        // From the gradients of the variance, -1/2 d scale / (variance + eps), and of the mean, -d_shift scale.
+        real per_value = scale[row] / -count;
+        slope[row] = per_value * d * inverse * inverse;
+        constant[row] = per_value * d_shift - slope[row] * means[row];
+    }
 }
 
 // S_mn X^T, (B, C, groups, m), or S_mn V^T, (B, C, m), and the logarithm of each row's sum in the softmax of S_mn,
@@ -770,6 +804,7 @@ void gather(const Shape* shape, const real* X, const real* K, const real* for_ke
     real* sums = caller_memory.zeros(shares.size() * all);
     real* factors = caller_memory.take(shares.size() * all);
     std::fill(tops, tops + shares.size() * all, -std::numeric_limits<real>::infinity());
+    const auto value = of_all<false>(s, s.at_landmarks ? nullptr : W_v);
     shares.each([&](long, const auto& tiles) {
         real *x = worker_memory.take(s.C * T), *v = worker_memory.take(s.C * T);
         real *k = worker_memory.take(s.D * T), *keys = worker_memory.zeros(s.groups * d * wide);
@@ -782,9 +817,10 @@ void gather(const Shape* shape, const real* X, const real* K, const real* for_ke
             for (long row = 0; keys_of != part.image && row < s.groups * d; row++)
                 std::memcpy(keys + row * wide, for_keys + (part.image * s.groups * d + row) * s.m, s.m * sizeof(real));
             keys_of = part.image;
-            if (!s.at_landmarks) product<false>(s.C, tile.N, s.C, W_v, s.C, x, T, v, T);
+            if (value) value->times(tile.N, x, T, v, T);
             if (V) store(v, tile.of(V, s.C, s.n), T);
-            Factor<false> left(s.at_landmarks ? x : v, s.C, tile.count, T, scratch);
+            Factor<false> left;
+            if (s.at_landmarks) left = {x, s.C, tile.count, T, scratch};
             for (long g = 0; g < s.groups; g++) {
                 long here = part.index * all + g * wide;
                 product<true>(tile.N, wide, d, k + g * s.step * T, T, keys + g * d * wide, wide, S, wide);  // T, m
@@ -799,11 +835,9 @@ void gather(const Shape* shape, const real* X, const real* K, const real* for_ke
                 }
                 Start start = tile.fresh ? Start::zero : Start::scaled;
                 real* total = totals + part.index * s.C * width;
-                if (s.at_landmarks)
-                    left.times(wide, S, wide, total + g * wide, width, start, factors + here);
-                else
-                    product<false>(c, wide, tile.count, v + g * c * T, T, S, wide, total + g * c * wide, width, start,
-                                   factors + here);
+                if (!s.at_landmarks) left = {v + g * c * T, c, tile.count, T, scratch};
+                real* to = total + g * (s.at_landmarks ? wide : c * wide);
+                left.times(wide, S, wide, to, width, start, factors + here);
             }
         });
     });
@@ -850,6 +884,7 @@ void gather_backward(const Shape* shape, const real* X, const real* features, co
     caller_memory.reset();
     real* of_keys = shares.sums(marks, deep, d, d_for_keys);
     real* of_value = caller_memory.take(s.workers * square);
+    const auto value_turned = of_all<true>(s, s.at_landmarks ? nullptr : W_v);
     // What a softmax's gradient takes away in each row, sum of d_S_mn * S_mn, is that of d_gathered * gathered.
     real* dots = caller_memory.zeros(s.B * marks);
     long heads = s.at_landmarks ? 1 : s.groups, width = marks / heads;
@@ -866,7 +901,7 @@ void gather_backward(const Shape* shape, const real* X, const real* features, co
         real *k = worker_memory.take(s.D * T), *d_k = worker_memory.take(s.D * T);
         real *S = worker_memory.take(marks * T), *d_S = worker_memory.take(marks * T);
         real *k_turned = worker_memory.zeros(T * deep), *x_turned = worker_memory.zeros(T * padded(s.C));
-        real *scratch = worker_memory.take(Factor<false>::scratch(s.C, marks));
+        real *scratch = worker_memory.take(Factor<false>::scratch(s.C, std::max(marks, T)));
         real *turned_scratch = worker_memory.take(Factor<true>::scratch(marks, s.C));
         Factor<false> wide;
         Factor<true> wide_turned;
@@ -905,8 +940,8 @@ void gather_backward(const Shape* shape, const real* X, const real* features, co
                 wide.times(N, S, T, d_tile, T);
             } else {
                 load(tile.of(X, s.C, s.n), x, T);
-                add_outer(s.C, d_v, x, x_turned, of_value + worker * square, N, T);
-                product<true>(s.C, N, s.C, W_v, s.C, d_v, T, d_tile, T);
+                add_outer(s.C, d_v, x, x_turned, scratch, of_value + worker * square, N, T);
+                value_turned->times(N, d_v, T, d_tile, T);
             }
             store(d_k, tile.of(d_K, s.D, s.n), T);
             add(d_tile, tile.of(d_x, s.C, s.n), T);
@@ -929,6 +964,7 @@ void spread(const Shape* shape, const real* X, const real* Q, const real* for_qu
     long marks = s.groups * s.m, columns = s.at_landmarks ? s.C : s.C / s.groups;
     caller_memory.reset();
     real* sums = caller_memory.take(shares.size() * s.C);
+    const auto fuse = of_all<false>(s, W_f);
     shares.each([&](long, const auto& tiles) {
         real *q = worker_memory.take(s.D * T), *A = worker_memory.take(marks * T);
         real* own = worker_memory.take(s.groups * T);
@@ -942,7 +978,7 @@ void spread(const Shape* shape, const real* X, const real* Q, const real* for_qu
             load(tile.of(Q, s.D, s.n), q, T);
             const real* queries = for_queries + b * s.groups * s.d * s.m;
             map_of_queries(s, q, queries, bias + b * marks, landmark_of, tile, A, own, T);
-            attend(s, A, wide, rows, W_f, b_f, U, O, tile.N, T);
+            attend(s, A, wide, rows, fuse, b_f, U, O, tile.N, T);
             auto x = tile.of(X, s.C, s.n);
             auto to = tile.of(out, s.C, s.n);
             for (long row = 0; row < s.C; row++) {
@@ -989,6 +1025,8 @@ void spread_backward(const Shape* shape, const real* X, const real* Q, const rea
     real* of_fuse = caller_memory.take(s.workers * square);
     real* of_fuse_bias = caller_memory.zeros(s.workers * s.C);
     real* of_alpha = caller_memory.zeros(s.workers);
+    const auto fuse = of_all<false>(s, W_f);
+    const auto fuse_turned = of_all<true>(s, W_f);
     shares.each([&](long worker, const auto& tiles) {
         real *q = worker_memory.take(s.D * T), *d_q = worker_memory.take(s.D * T);
         real *A = worker_memory.take(marks * T), *d_A = worker_memory.take(s.groups * wide * T);
@@ -1014,7 +1052,7 @@ void spread_backward(const Shape* shape, const real* X, const real* Q, const rea
             real* source_total = of_source + tile.part.index * s.C * width;
             load(tile.of(Q, s.D, s.n), q, T);
             map_of_queries(s, q, queries, bias + b * marks, landmark_of, tile, A, own, T);
-            attend(s, A, wide_rows, rows, W_f, b_f, U, out ? nullptr : O, N, T);
+            attend(s, A, wide_rows, rows, fuse, b_f, U, out ? nullptr : O, N, T);
             auto x = tile.of(X, s.C, s.n), given = tile.of(grad_out, s.C, s.n);
             auto result = tile.of(out ? out : X, s.C, s.n);
             auto to = tile.of(d_x, s.C, s.n);
@@ -1040,8 +1078,8 @@ void spread_backward(const Shape* shape, const real* X, const real* Q, const rea
             }
             const real* d_U = G;
             if (W_f) {
-                add_outer(s.C, G, U, U_turned, of_fuse + worker * square, N, T);
-                product<true>(s.C, N, s.C, W_f, s.C, G, T, O, T);
+                add_outer(s.C, G, U, U_turned, tile_scratch, of_fuse + worker * square, N, T);
+                fuse_turned->times(N, G, T, O, T);
                 d_U = O;
             }
             if (s.at_landmarks) {
@@ -1105,7 +1143,7 @@ void project_backward(const Shape* shape, const real* X, const real* W_q, const 
     real* of_weights = caller_memory.take(s.workers * s.C * width);
     real* W_turned = caller_memory.take(s.C * 2 * s.D);  // of both, whose rows a product reads faster than columns
     for (long side = 0; side < 2; side++) turned_weight(s, W[side], s.D, s.C, W_turned + side * s.D, 2 * s.D);
-    const auto weight = Factor<false>::of_all(s, W_turned, s.C, 2 * s.D, 2 * s.D);
+    const Factor<false> weight(s, W_turned, s.C, 2 * s.D, 2 * s.D);
     shares.each([&](long worker, const auto& tiles) {
         std::fill(of_weights + worker * s.C * width, of_weights + (worker + 1) * s.C * width, real(0));
         real *x = worker_memory.take(s.C * T), *d_tile = worker_memory.take(s.C * T);
@@ -1197,8 +1235,7 @@ void times_at_landmarks(const Shape* shape, const real* W, long of_rows, long na
 }
 
 // The gradient of such a weight, (C, C), from that of one side and the other side.
-void times_at_landmarks_backward(const Shape* shape, const real* wide, const real* narrow, long of_rows, real* d_W) {
-    const Shape& s = *shape;
+static void weight_at_landmarks(const Shape& s, const real* wide, const real* narrow, long of_rows, real* d_W) {
     // The share of a worker at a time: `block` rows of `wide` and `some` of `narrow`, added up over the batch.
     long c = s.C / s.groups, some = std::min(256L, padded(c)), columns = (c + some - 1) / some;
     long block = std::max(ROWS, std::min(128L, s.C * s.groups / s.workers / ROWS * ROWS));
@@ -1226,6 +1263,14 @@ void times_at_landmarks_backward(const Shape* shape, const real* wide, const rea
                 std::memcpy(d_W + (first + row) * s.C + column, total + row * some, there * sizeof(real));
         }
     });
+}
+
+// The gradients of `times_at_landmarks` from that of its result: of the other side, `to`, and of the weight, d_W.
+// `narrows` says how W takes the one gradient to the other; `other` is what W was multiplied with.
+void times_at_landmarks_backward(const Shape* shape, const real* W, long of_rows, long narrows, const real* from,
+                                 const real* other, real* to, real* d_W) {
+    times_at_landmarks(shape, W, of_rows, narrows, from, nullptr, to);
+    weight_at_landmarks(*shape, narrows ? from : other, narrows ? other : from, of_rows, d_W);
 }
 
 // A step of Gauss and Jordan's elimination, in place, with `LANES` pivots from `first` on, in rows (m, width):
@@ -1351,21 +1396,37 @@ void normalise_backward(const Shape* shape, const real* d, const real* E, const 
     });
 }
 
-// What follows from the landmarks' means of raw Q and K, pooled (B, D, m), and from their affine maps, (D,).
+// The mean of each landmark's positions of one channel, (n,) -> (m,). `band`: scratch, (width,).
+static void pool(const Shape& s, const real* from, const int64_t* landmark_of, long width, const int64_t* sizes,
+                 real* band, real* to) {
+    std::fill(to, to + s.m, real(0));
+    for (long line = 0, end; line < s.n; line = end) {  // lines of the map whose landmarks are the same, added up
+        std::fill(band, band + width, real(0));
+        for (end = line; end < s.n && landmark_of[end] == landmark_of[line]; end += width)
+            for (long t = 0; t < width; t++) band[t] += from[end + t];
+        for (long t = 0; t < width; t++) to[landmark_of[line + t]] += band[t];
+    }
+    for (long k = 0; k < s.m; k++) to[k] /= sizes[k];
+}
+
+// What follows from the landmarks' means of raw Q and K, (B, D, n), and from their affine maps, (D,).
 //
-// -> Q, K, for_keys, for_queries (B, D, m); bias (B, groups, m); S_mm (B, groups, m, m).
-void landmarks(const Shape* shape, const real* pooled_q, const real* pooled_k, const real* scale_q,
-               const real* offset_q, const real* scale_k, real* Q, real* K, real* for_keys, real* for_queries,
-               real* bias, real* S_mm) {
+// landmark_of (n,) of maps as wide as `width`, sizes (m,) -> pooled_q, pooled_k, Q, K, for_keys, for_queries
+// (B, D, m); bias (B, groups, m); S_mm (B, groups, m, m).
+void landmarks(const Shape* shape, const real* raw_q, const real* raw_k, const int64_t* landmark_of, long width,
+               const int64_t* sizes, const real* scale_q, const real* offset_q, const real* scale_k, real* pooled_q,
+               real* pooled_k, real* Q, real* K, real* for_keys, real* for_queries, real* bias, real* S_mm) {
     const Shape& s = *shape;
     long d = s.d, wide = padded(s.m), count = s.B * s.groups;
     each_worker(s.workers, [&](long worker) {
         real *keys = worker_memory.take(d * wide), *map = worker_memory.take(s.m * wide);
-        real* shift = worker_memory.take(wide);
+        real *shift = worker_memory.take(wide), *band = worker_memory.take(padded(width));
         for (long i = count * worker / s.workers; i < count * (worker + 1) / s.workers; i++) {
             std::fill(shift, shift + wide, real(0));
             for (long row = 0; row < d; row++) {
                 long channel = i % s.groups * d + row;
+                pool(s, raw_q + (i * d + row) * s.n, landmark_of, width, sizes, band, pooled_q + (i * d + row) * s.m);
+                pool(s, raw_k + (i * d + row) * s.n, landmark_of, width, sizes, band, pooled_k + (i * d + row) * s.m);
                 for (long k = 0; k < s.m; k += LANES) {
                     long here = (i * d + row) * s.m + k, left = s.m - k;
                     vec query = read(pooled_q + here, left) * scale_q[channel] + offset_q[channel];

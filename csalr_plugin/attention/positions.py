@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -56,7 +56,20 @@ class Projections(NamedTuple):
 
     Q: Tensor  # (B, C', n)
     K: Tensor
-    largest: Tensor | None  # size of a number in each of them, (2,), if asked for
+    largest: Tensor | None  # size of a number in each of them, (2,), if wanted
+    moments: Tensor | None  # mean of each channel and sum of squares about it, (2, Q and K, C'), if wanted
+
+
+Wanted = Literal["largest", "moments"]  # of Q and K, which are seen anyhow while they are computed
+
+
+class Affine(NamedTuple):
+    """Batch norm as the affine map a channel that it is; (channels,) each."""
+
+    scale: Tensor
+    offset: Tensor | None  # None where nobody sees it
+    variance: Tensor  # of the features, biased
+    inverse_deviation: Tensor
 
 
 class Gathered(NamedTuple):
@@ -145,11 +158,15 @@ class Positions:
         for start in range(0, len(self.X), self.way.images):
             yield slice(start, start + self.way.images)
 
-    def project(self, W_q: Tensor, W_k: Tensor, bounded: bool = False) -> Projections:
-        """From the weights, (C', C) each; `bounded`: how large Q and K are is wanted, too."""
+    def project(self, W_q: Tensor, W_k: Tensor, wanted: Wanted | None = None) -> Projections:
+        """From the weights, (C', C) each; and what is `wanted` of Q and K."""
         Q, K = self._times(W_q), self._times(W_k)
-        largest = torch.stack([torch.linalg.vector_norm(one, float("inf")) for one in (Q, K)]) if bounded else None
-        return Projections(Q, K, largest)
+        largest = moments = None
+        if wanted == "largest":
+            largest = torch.stack([torch.linalg.vector_norm(one, float("inf")) for one in (Q, K)])
+        elif wanted == "moments":
+            moments = torch.stack([torch.stack(self.moments(one)) for one in (Q, K)], 1)
+        return Projections(Q, K, largest, moments)
 
     def moments(self, features: Tensor) -> tuple[Tensor, Tensor]:
         """The mean of each channel, and the sum of squares about it: (B, channels, any) -> (channels,) each.
@@ -167,6 +184,38 @@ class Positions:
         each = torch.cat(means)
         mean = each.mean(0)
         return mean, (torch.cat(squares) + features.shape[2] * (each - mean).square()).sum(0)
+
+    def affine(
+        self, moments: tuple[Tensor, Tensor], count: int, gain: Tensor, shift: Tensor | None, eps: float
+    ) -> Affine:
+        """Batch norm by :meth:`moments` of `count` values a channel, with its gain and shift, (channels,)."""
+        mean, deviations = moments
+        variance = deviations / count
+        inverse_deviation = (variance + eps).rsqrt_()
+        scale = gain * inverse_deviation
+        offset = None if shift is None else torch.addcmul(shift, scale, mean, value=-1)
+        return Affine(scale, offset, variance, inverse_deviation)
+
+    def affine_backward(
+        self,
+        scale: Tensor,
+        mean: Tensor,
+        inverse_deviation: Tensor,
+        count: int,
+        d_scale: Tensor,
+        d_offset: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The gradient of gain, and (slope, constant): what each feature's gradient gets through mean and variance is
+        ``slope * feature + constant``. All (channels,); `d_offset` None is 0."""
+        if d_offset is not None:
+            d_scale = torch.addcmul(d_scale, d_offset, mean, value=-1)  # offset = shift - scale * mean
+        # From the gradients of the variance, -1/2 d_scale scale / (variance + eps), and of the mean, -d_offset scale.
+        per_value = scale / -count
+        slope = per_value * d_scale * inverse_deviation.square()
+        constant = -slope * mean
+        if d_offset is not None:
+            constant.addcmul_(per_value, d_offset)
+        return d_scale * inverse_deviation, slope, constant
 
     def landmarks(self, Q: Tensor, K: Tensor, scale_q: Tensor, offset_q: Tensor, scale_k: Tensor) -> Landmarks:
         """From raw Q and K, (B, C', n), and the affine maps a channel, (C',), that follow them."""
