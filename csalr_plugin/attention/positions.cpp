@@ -661,6 +661,32 @@ std::optional<Factor<turned>> of_all(const Shape& s, const real* W) {
     return Factor<turned>(s, W, s.C, s.C, s.C);
 }
 
+// What the landmarks of one image have, (C, groups, m) or (groups, c, m), as left factors of what its positions have: one
+// of all groups where `value` and `fuse` act at landmarks, else one a group.
+template <bool turned>
+class Heads {
+  public:
+    Heads(const Shape& s, const real* tensor)
+        : count(s.at_landmarks ? 1 : s.groups), rows(s.C / count), marks(s.groups * s.m / count), tensor(tensor) {
+        for (long head = 0; head < count; head++) scratch.push_back(worker_memory.take(Factor<turned>::scratch(rows, marks)));
+    }
+    void take(long image) {
+        factors.clear();
+        for (long head = 0; head < count; head++) {
+            const real* from = tensor + (image * count + head) * rows * marks;
+            factors.push_back({from, turned ? marks : rows, turned ? rows : marks, marks, scratch[head]});
+        }
+    }
+    const Factor<turned>& operator[](long head) const { return factors[head]; }
+
+    const long count, rows, marks;  // heads; rows and landmarks of each, whatever is turned
+
+  private:
+    const real* tensor;
+    std::vector<real*> scratch;
+    std::vector<Factor<turned>> factors;
+};
+
 // What group g adds its gradient of queries or keys to: nothing, or what the groups before it wrote to these channels.
 Start start_of_group(const Shape& s, long g) { return g && !s.step ? Start::target : Start::zero; }
 
@@ -690,16 +716,11 @@ void map_of_queries(const Shape& s, const real* q, const real* for_queries, cons
 }
 
 // O of Eq. 17, N columns of (C, T), unless null, and U, what `fuse` acts on where that is at positions.
-void attend(const Shape& s, const real* A, const Factor<false>& wide, const real* source,
-            const std::optional<Factor<false>>& fuse, const real* b_f, real* U, real* O, long N, long T) {
-    if (s.at_landmarks) {
-        if (O) wide.times(N, A, T, O, T);
-        return;
-    }
-    long c = s.C / s.groups;
+void attend(const Shape& s, const real* A, const Heads<false>& heads, const std::optional<Factor<false>>& fuse,
+            const real* b_f, real* U, real* O, long N, long T) {
     real* target = fuse ? U : O;
-    for (long g = 0; target && g < s.groups; g++)
-        product<false>(c, N, s.m, source + g * c * s.m, s.m, A + g * s.m * T, T, target + g * c * T, T);
+    for (long h = 0; target && h < heads.count; h++)
+        heads[h].times(N, A + h * heads.marks * T, T, target + h * heads.rows * T, T);
     if (!fuse || !O) return;
     for (long row = 0; row < s.C; row++) std::fill(O + row * T, O + row * T + N, b_f[row]);
     fuse->times(N, U, T, O, T, Start::target);
@@ -879,7 +900,7 @@ void gather_backward(const Shape* shape, const real* X, const real* features, co
     const Shape& s = *shape;
     Shares shares(s, false);
     const long T = shares.T;
-    long d = s.d, c = s.C / s.groups, deep = padded(d), marks = s.groups * s.m;
+    long d = s.d, deep = padded(d), marks = s.groups * s.m;
     long square = s.at_landmarks ? 0 : s.C * padded(s.C);
     caller_memory.reset();
     real* of_keys = shares.sums(marks, deep, d, d_for_keys);
@@ -901,26 +922,22 @@ void gather_backward(const Shape* shape, const real* X, const real* features, co
         real *k = worker_memory.take(s.D * T), *d_k = worker_memory.take(s.D * T);
         real *S = worker_memory.take(marks * T), *d_S = worker_memory.take(marks * T);
         real *k_turned = worker_memory.zeros(T * deep), *x_turned = worker_memory.zeros(T * padded(s.C));
-        real *scratch = worker_memory.take(Factor<false>::scratch(s.C, std::max(marks, T)));
-        real *turned_scratch = worker_memory.take(Factor<true>::scratch(marks, s.C));
-        Factor<false> wide;
-        Factor<true> wide_turned;
+        real* scratch = worker_memory.take(Factor<false>::scratch(s.C, T));
+        Heads<false> rows(s, d_gathered);
+        Heads<true> rows_turned(s, d_gathered);
         tiles([&](const Tile& tile) {
             long b = tile.part.image, N = tile.N;
-            const real* rows = d_gathered + b * marks * (s.at_landmarks ? s.C : c);
-            if (s.at_landmarks && tile.fresh) {
-                wide = {rows, s.C, marks, marks, scratch};
-                wide_turned = {rows, marks, s.C, marks, turned_scratch};
+            if (tile.fresh) {
+                rows.take(b);
+                rows_turned.take(b);
             }
             load(tile.of(features, s.C, s.n), v, T);
             load(tile.of(K, s.D, s.n), k, T);
-            if (s.at_landmarks) wide_turned.times(N, v, T, d_S, T);
             for (long g = 0; g < s.groups; g++) {
                 const real* keys = for_keys + (b * s.groups + g) * d * s.m;
                 real *map = S + g * s.m * T, *d_map = d_S + g * s.m * T;
                 product<true>(s.m, N, d, keys, s.m, k + g * s.step * T, T, map, T);
-                if (!s.at_landmarks)
-                    product<true>(s.m, N, c, rows + g * c * s.m, s.m, v + g * c * T, T, d_map, T);
+                if (g < heads) rows_turned[g].times(N, v + g * rows.rows * T, T, d_map, T);
                 for (long row = 0; row < s.m; row++) {
                     long here = b * marks + g * s.m + row;
                     for (long t = row * T; t < row * T + N; t += LANES) {
@@ -933,12 +950,11 @@ void gather_backward(const Shape* shape, const real* X, const real* features, co
                 transpose(k + g * s.step * T, d, N, T, k_turned, deep);
                 product<false>(s.m, deep, N, d_map, T, k_turned, deep,
                                of_keys + (tile.part.index * marks + g * s.m) * deep, deep, tile.start());
-                if (!s.at_landmarks)
-                    product<false>(c, N, s.m, rows + g * c * s.m, s.m, map, T, d_v + g * c * T, T);
             }
-            if (s.at_landmarks) {
-                wide.times(N, S, T, d_tile, T);
-            } else {
+            real* d_features = s.at_landmarks ? d_tile : d_v;
+            for (long h = 0; h < heads; h++)
+                rows[h].times(N, S + h * width * T, T, d_features + h * rows.rows * T, T);
+            if (!s.at_landmarks) {
                 load(tile.of(X, s.C, s.n), x, T);
                 add_outer(s.C, d_v, x, x_turned, scratch, of_value + worker * square, N, T);
                 value_turned->times(N, d_v, T, d_tile, T);
@@ -961,7 +977,7 @@ void spread(const Shape* shape, const real* X, const real* Q, const real* for_qu
     const Shape& s = *shape;
     Shares shares(s, false);
     const long T = shares.T;
-    long marks = s.groups * s.m, columns = s.at_landmarks ? s.C : s.C / s.groups;
+    long marks = s.groups * s.m;
     caller_memory.reset();
     real* sums = caller_memory.take(shares.size() * s.C);
     const auto fuse = of_all<false>(s, W_f);
@@ -969,16 +985,14 @@ void spread(const Shape* shape, const real* X, const real* Q, const real* for_qu
         real *q = worker_memory.take(s.D * T), *A = worker_memory.take(marks * T);
         real* own = worker_memory.take(s.groups * T);
         real *U = worker_memory.take(s.C * T), *O = worker_memory.take(s.C * T);
-        real* scratch = worker_memory.take(Factor<false>::scratch(s.C, marks));
-        Factor<false> wide;
+        Heads<false> rows(s, source);
         tiles([&](const Tile& tile) {
             long b = tile.part.image;
-            const real* rows = source + b * marks * columns;
-            if (s.at_landmarks && tile.fresh) wide = {rows, s.C, marks, marks, scratch};
+            if (tile.fresh) rows.take(b);
             load(tile.of(Q, s.D, s.n), q, T);
             const real* queries = for_queries + b * s.groups * s.d * s.m;
             map_of_queries(s, q, queries, bias + b * marks, landmark_of, tile, A, own, T);
-            attend(s, A, wide, rows, fuse, b_f, U, O, tile.N, T);
+            attend(s, A, rows, fuse, b_f, U, O, tile.N, T);
             auto x = tile.of(X, s.C, s.n);
             auto to = tile.of(out, s.C, s.n);
             for (long row = 0; row < s.C; row++) {
@@ -1014,12 +1028,12 @@ void spread_backward(const Shape* shape, const real* X, const real* Q, const rea
     const Shape& s = *shape;
     Shares shares(s, true);
     const long T = shares.T;
-    long d = s.d, c = s.C / s.groups, wide = padded(s.m), deep = padded(d), marks = s.groups * s.m;
-    long heads = s.at_landmarks ? s.groups : 1, width = heads * wide, square = W_f ? s.C * padded(s.C) : 0;
+    long d = s.d, wide = padded(s.m), deep = padded(d), marks = s.groups * s.m;
+    long of_head = s.at_landmarks ? s.groups : 1, width = of_head * wide, square = W_f ? s.C * padded(s.C) : 0;
     if (!alpha || std::abs(*alpha) < LEAST_ALPHA) out = nullptr;
     real per_alpha = out ? 1 / *alpha : 0;
     caller_memory.reset();
-    real* of_source = shares.sums(s.C * heads, wide, s.m, d_source);
+    real* of_source = shares.sums(s.C * of_head, wide, s.m, d_source);
     real* of_queries = shares.sums(marks, deep, d, d_for_queries);
     real* of_bias = shares.sums(1, marks, marks, d_bias);
     real* of_fuse = caller_memory.take(s.workers * square);
@@ -1035,24 +1049,21 @@ void spread_backward(const Shape* shape, const real* X, const real* Q, const rea
         std::fill(of_fuse + worker * square, of_fuse + (worker + 1) * square, real(0));
         real *G = worker_memory.take(s.C * T), *U_turned = worker_memory.zeros(T * padded(s.C));
         real* q_turned = worker_memory.zeros(T * deep);
-        real *scratch = worker_memory.take(Factor<false>::scratch(s.C, marks));
-        real *turned_scratch = worker_memory.take(Factor<true>::scratch(marks, s.C));
-        real *tile_scratch = worker_memory.take(Factor<false>::scratch(s.C, T));
-        Factor<false> wide_rows;
-        Factor<true> wide_turned;
+        real* scratch = worker_memory.take(Factor<false>::scratch(s.C, T));
+        Heads<false> rows(s, source);
+        Heads<true> rows_turned(s, source);
         vec alpha_total{};
         tiles([&](const Tile& tile) {
             long b = tile.part.image, N = tile.N;
-            const real* rows = source + b * marks * (s.at_landmarks ? s.C : c);
-            if (s.at_landmarks && tile.fresh) {
-                if (!out) wide_rows = {rows, s.C, marks, marks, scratch};
-                wide_turned = {rows, marks, s.C, marks, turned_scratch};
+            if (tile.fresh) {
+                rows.take(b);
+                rows_turned.take(b);
             }
             const real* queries = for_queries + b * s.groups * s.d * s.m;
             real* source_total = of_source + tile.part.index * s.C * width;
             load(tile.of(Q, s.D, s.n), q, T);
             map_of_queries(s, q, queries, bias + b * marks, landmark_of, tile, A, own, T);
-            attend(s, A, wide_rows, rows, fuse, b_f, U, out ? nullptr : O, N, T);
+            attend(s, A, rows, fuse, b_f, U, out ? nullptr : O, N, T);
             auto x = tile.of(X, s.C, s.n), given = tile.of(grad_out, s.C, s.n);
             auto result = tile.of(out ? out : X, s.C, s.n);
             auto to = tile.of(d_x, s.C, s.n);
@@ -1078,23 +1089,20 @@ void spread_backward(const Shape* shape, const real* X, const real* Q, const rea
             }
             const real* d_U = G;
             if (W_f) {
-                add_outer(s.C, G, U, U_turned, tile_scratch, of_fuse + worker * square, N, T);
+                add_outer(s.C, G, U, U_turned, scratch, of_fuse + worker * square, N, T);
                 fuse_turned->times(N, G, T, O, T);
                 d_U = O;
             }
-            if (s.at_landmarks) {
-                real* turned = d_A;  // until that is computed
-                for (long g = 0; g < s.groups; g++) transpose(A + g * s.m * T, s.m, N, T, turned + g * wide, width);
-                Factor<false>(d_U, s.C, N, T, tile_scratch).times(width, turned, width, source_total, width, tile.start());
-                wide_turned.times(N, d_U, T, d_A, T);
-            }
             for (long g = 0; g < s.groups; g++) {
                 real *map = A + g * s.m * T, *d_map = d_A + g * s.m * T;
-                if (!s.at_landmarks) {
-                    const real* d_head = d_U + g * c * T;
-                    transpose(map, s.m, N, T, d_map, wide);
-                    product<false>(c, wide, N, d_head, T, d_map, wide, source_total + g * c * wide, wide, tile.start());
-                    product<true>(s.m, N, c, rows + g * c * s.m, s.m, d_head, T, d_map, T);
+                if (g < rows.count) {  // for all groups of a head
+                    const real* d_head = d_U + g * rows.rows * T;
+                    real* turned = d_map;  // until that is computed
+                    for (long i = 0; i < of_head; i++)
+                        transpose(map + i * s.m * T, s.m, N, T, turned + i * wide, width);
+                    Factor<false>(d_head, rows.rows, N, T, scratch)
+                        .times(width, turned, width, source_total + g * rows.rows * width, width, tile.start());
+                    rows_turned[g].times(N, d_head, T, d_map, T);
                 }
                 // P away again; a subtraction would lose the digits of small entries.
                 for (long t = 0; landmark_of && t < tile.count; t++)
@@ -1116,7 +1124,7 @@ void spread_backward(const Shape* shape, const real* X, const real* Q, const rea
         written_past_cache();
         of_alpha[worker] = sum(alpha_total);
     });
-    shares.add_up(of_source, s.C * heads, wide, s.m, d_source);
+    shares.add_up(of_source, s.C * of_head, wide, s.m, d_source);
     shares.add_up(of_queries, marks, deep, d, d_for_queries);
     shares.add_up(of_bias, 1, marks, marks, d_bias);
     add_up_workers(s, of_alpha, 1, 1, 1, d_alpha);
