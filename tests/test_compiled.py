@@ -114,6 +114,34 @@ def test_no_gate_costs_digits_though_the_attention_is_taken_from_the_output(
         assert errors[0] <= 4 * errors[1] + 1e-5, f"{of}: {errors}"
 
 
+@pytest.mark.parametrize("groups", [1, 2, 4, 8])
+def test_products_by_quarters_lose_no_digits_to_speak_of(groups: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    x = images(256, 48, 32)
+    x[:, ::37] *= 100  # some channels far larger than others, as in trained networks
+    got = results(block("csalr", 256, groups, (12, 8)), x)
+    monkeypatch.setattr(CompiledPositions, "can", staticmethod(lambda *_: False))
+    operations = results(block("csalr", 256, groups, (12, 8)), x)
+    exact = results(block("csalr", 256, groups, (12, 8)).double(), x.double())
+    for of, value in exact.items():
+        if not value.is_floating_point():
+            continue
+        errors = [(one[of] - value).norm() / value.norm().clamp(min=1) for one in (got, operations)]
+        assert errors[0] <= 4 * errors[1] + 1e-6, f"{of}: {errors}"
+
+
+# Neither 56 channels a group nor 88 landmarks fill whole registers.
+@pytest.mark.parametrize(("channels", "groups", "landmarks"), [(112, 2, (8, 4)), (64, 1, (11, 8)), (64, 8, (11, 8))])
+def test_nothing_that_was_computed_before_changes_a_digit(
+    channels: int, groups: int, landmarks: tuple[int, int]
+) -> None:
+    x = images(channels, 33, 8)
+    first = results(block("csalr", channels, groups, landmarks), x)
+    results(block("csalr", channels, groups, landmarks), x * float("nan"))  # all that stays in scratch memory
+    again = results(block("csalr", channels, groups, landmarks), x)
+    for of, value in first.items():
+        assert torch.equal(again[of], value), of
+
+
 @pytest.mark.parametrize("name", ["csa", "csalr"])
 def test_a_layer_that_writes_into_the_output_changes_no_gradient(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     x = images(64, 24, 8).double()

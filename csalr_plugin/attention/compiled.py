@@ -71,8 +71,7 @@ class CompiledPositions(Positions):
         Q, K = (self._new(len(W), self._n) for W in (W_q, W_k))
         largest = self.X.new_empty(2) if wanted == "largest" else None
         moments = self.X.new_empty(2, 2, len(W_q)) if wanted == "moments" else None
-        means, deviations = (None, None) if moments is None else moments
-        self._call("project", len(W_q), 0, self.X, W_q, W_k, Q, K, largest, means, deviations)
+        self._call("project", len(W_q), 0, self.X, W_q, W_k, Q, K, largest, moments)
         return Projections(Q, K, largest, moments)
 
     def moments(self, features: Tensor) -> tuple[Tensor, Tensor]:

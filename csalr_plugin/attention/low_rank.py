@@ -87,9 +87,10 @@ class LowRankAttention(torch.autograd.Function):
             W_q, W_k, W_v, W_f = matrices(weights)
             grid = LandmarkGrid(x.shape[2], x.shape[3], landmarks, x.device)
             positions = positions_of(x, grid, groups, way, dtype)
-            projected = Q, K, *_ = positions.project(W_q, W_k, "largest" if eps is None else "moments")  # B, C', n
+            projected = positions.project(W_q, W_k, "largest" if eps is None else "moments")
+            Q, K = projected.Q, projected.K  # B, C', n
             largest_q, largest_k = (None, None) if projected.largest is None else projected.largest
-            moments_q, moments_k = (None, None) if projected.moments is None else projected.moments.unbind(1)
+            moments_q, moments_k = (None, None) if projected.moments is None else projected.moments
             count = len(x) * Q.shape[2]
             normal_q = Normalisation.over(positions, moments_q, count, gain_q, shift_q, eps, everywhere)
             normal_k = Normalisation.over(positions, moments_k, count, gain_k, None, eps, everywhere)
@@ -136,7 +137,8 @@ class LowRankAttention(torch.autograd.Function):
             W_q, W_k, W_v, W_f = matrices(weights)
             positions = positions_of(x, grid, groups, way, dtype)
             if Q is None:
-                Q, K, *_ = positions.project(W_q, W_k)
+                projected = positions.project(W_q, W_k)
+                Q, K = projected.Q, projected.K
             affine = normal_q.scale, normal_q.offset, normal_k.scale * guard
             marks = positions.landmarks(Q, K, *affine)
             gathered = Gathered(rows, V, log_sum) if way.keeps_gathered else positions.gather(K, marks.for_keys, W_v)
@@ -207,7 +209,7 @@ class Normalisation:
     def over(
         cls,
         positions: Positions,
-        moments: Sequence[Any] | None,
+        moments: Tensor | tuple[Tensor, Tensor] | None,
         count: int,
         gain: Tensor,
         shift: Tensor | None,

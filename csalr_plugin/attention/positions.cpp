@@ -23,7 +23,7 @@
 #include <utility>
 #include <vector>
 
-#define INLINE inline __attribute__((always_inline))
+#define INLINED __attribute__((always_inline))
 
 namespace {
 
@@ -89,29 +89,30 @@ enum class Start { zero, target, scaled };  // what a product is added to: nothi
 // Calls visit(row, column) for each register of a block, and writes every call out: an array that loops go through, or
 // that is handed on, would be kept in memory.
 template <long columns, class Visit, long... i>
-INLINE void each_register_of(std::integer_sequence<long, i...>, const Visit& visit) {
+INLINED inline void each_register_of(std::integer_sequence<long, i...>, const Visit& visit) {
     (visit(i / columns, i % columns), ...);
 }
 
 template <long rows, long columns, class Visit>
-INLINE void each_register(const Visit& visit) {
+INLINED inline void each_register(const Visit& visit) {
     each_register_of<columns>(std::make_integer_sequence<long, rows * columns>(), visit);
 }
 
 // total += A (B + sign * other) for `rows` rows and `columns` registers, with A(r, k) at A[r * lda + k], or
 // A[k * lda + r] if turned.
 template <bool turned, int sign = 0, long rows, long columns>
-INLINE void multiply(long K, const real* A, long lda, const real* B, const real* other, long ldb,
+INLINED inline void multiply(long K, const real* A, long lda, const real* B, const real* other, long ldb,
                      vec (&total)[rows][columns]) {
     for (long k = 0; k < K; k++) {
         vec b[columns];
-        each_register<1, columns>([&](long, long j) __attribute__((always_inline)) {
+        each_register<1, columns>([&](long, long j) INLINED {
             b[j] = at(B + k * ldb + j * LANES);
             if (sign > 0) b[j] += at(other + k * ldb + j * LANES);
             if (sign < 0) b[j] -= at(other + k * ldb + j * LANES);
         });
-        each_register<rows, columns>(
-            [&](long r, long j) __attribute__((always_inline)) { total[r][j] += (turned ? A[k * lda + r] : A[r * lda + k]) * b[j]; });
+        each_register<rows, columns>([&](long r, long j) INLINED {
+            total[r][j] += (turned ? A[k * lda + r] : A[r * lda + k]) * b[j];
+        });
     }
 }
 
@@ -120,19 +121,19 @@ template <long rows, long columns, bool turned, Start start>
 inline void product_in_registers(long K, const real* A, long lda, const real* B, long ldb, real* C, long ldc,
                                  const real* factor) {
     vec total[rows][columns];
-    each_register<rows, columns>([&](long r, long j) __attribute__((always_inline)) {
+    each_register<rows, columns>([&](long r, long j) INLINED {
         total[r][j] = start == Start::zero ? vec{} : at(C + r * ldc + j * LANES);
         if (start == Start::scaled) total[r][j] *= at(factor + j * LANES);
     });
     multiply<turned>(K, A, lda, B, nullptr, ldb, total);
-    each_register<rows, columns>([&](long r, long j) __attribute__((always_inline)) { at(C + r * ldc + j * LANES) = total[r][j]; });
+    each_register<rows, columns>([&](long r, long j) INLINED { at(C + r * ldc + j * LANES) = total[r][j]; });
 }
 
 // Whether so many numbers take half of a core's own cache at most.
 bool fits_cache(long count) { return count * long(sizeof(real)) <= 1 << 19; }
 
-// The rows of C that come in whole blocks of `rows`; returns how many. The inner loop reads again and again what stays in
-// the cache: rows of A, unless they are too many; then columns of B.
+// The rows of C that come in whole blocks of `rows`; returns how many. The inner loop reads again and again what stays
+// in the cache: rows of A, unless they are too many; then columns of B.
 template <long rows, bool turned, Start start>
 long product_of_rows(long M, long N, long K, const real* A, long lda, const real* B, long ldb, real* C, long ldc,
                      const real* factor) {
@@ -414,7 +415,7 @@ struct Shape {
 
 namespace {
 
-// Positions of a tile: long runs of memory, yet what a pass computes at them stays in the cache of a core or close to it.
+// Positions of a tile: long runs of memory, yet what a pass computes at them stays in a core's cache or close to it.
 // Half as many where workers would not share them out evenly.
 long tile_of(const Shape& s) {
     constexpr long T = 192;
@@ -432,16 +433,17 @@ void each_worker(long workers, const Work& work) {
     }
 }
 
-// What the left factor of products is, A of (M, K), or stored (K, M) if turned, with what they are faster by.
+// The left factor of large products, A of (M, K), or stored (K, M) if turned, and what makes them faster.
 //
-// Cut into quarters, C = A B takes seven products of quarters in place of eight (Strassen, 1969). The sums of quarters of
-// A are made once for all that it is multiplied with; those of B as it is read, by units for sums that had nothing to do.
-// An entry's error is then bounded by the largest entries of A and B, and not of its own row and column alone; of normal
-// numbers it is 1.5 times that of a plain product.
+// Cut into quarters, C = A B takes seven products of quarters in place of eight (Strassen, 1969). Sums of quarters of A
+// are made once for all that it is multiplied with, those of B as it is read: sums wait in units of their own, while
+// products are what a processor is busy with. All entries of B count, also those of columns that nobody reads. An
+// entry's error is bounded by the largest entries of A and B, not of its own row and column alone; for normally
+// distributed ones it is 1.5 times that of a plain product.
 template <bool turned>
 class Factor {
   public:
-    static constexpr bool faster = BYTES == 64;  // where registers suffice for it
+    static constexpr bool by_quarters_is_faster = BYTES == 64;  // it needs many registers
 
     // Numbers of scratch that it needs as long as it lives.
     static long scratch(long M, long K) { return 5 * M * K / 4 + LANES; }
@@ -467,7 +469,7 @@ class Factor {
 
   private:
     Factor(const real* A, long M, long K, long lda, real* scratch, std::nullptr_t)
-        : A(A), M(M), K(K), lda(lda), sums(faster && halves(M) && halves(K) ? scratch : nullptr) {}
+        : A(A), M(M), K(K), lda(lda), sums(by_quarters_is_faster && halves(M) && halves(K) ? scratch : nullptr) {}
 
     static bool halves(long count) { return count % (2 * LANES) == 0 && count >= 4 * LANES; }
 
@@ -489,16 +491,17 @@ class Factor {
 
     template <Start start>
     void by_quarters(long N, const real* B, long ldb, real* C, long ldc, const real* factor) const {
-        long m = M / 2, width = N / 2 / LANES;  // registers
+        long m = M / 2, n = N / 2;
         bool fits = fits_cache(7 * M * K / 4);
         for (long i = 0; i < m; i += fits ? m : ROWS)  // as in `product_of_rows`
-            for (long j = 0, columns; j < width; j += columns) {
-                columns = width % 3 == 0 ? 3 : std::min(2L, width - j);
+            for (long j = 0, columns; j < n; j += columns * LANES) {
+                long left = (n - j) / LANES;
+                columns = left == 2 || left == 4 ? 2 : std::min(3L, left);
                 auto block = columns == 3   ? &Factor::block<3, start>
                              : columns == 2 ? &Factor::block<2, start>
                                             : &Factor::block<1, start>;
                 for (long row = i; row < (fits ? m : i + ROWS); row += ROWS)
-                    (this->*block)(row, N / 2, B + j * LANES, ldb, C + row * ldc + j * LANES, ldc, factor + j * LANES);
+                    (this->*block)(row, n, B + j, ldb, C + row * ldc + j, ldc, factor ? factor + j : nullptr);
             }
     }
 
@@ -510,7 +513,7 @@ class Factor {
         const real* sum = sums + i * (turned ? 1 : width);
         const real *B12 = B11 + n, *B21 = B11 + k * ldb, *B22 = B21 + n;
         real *C12 = C11 + n, *C21 = C11 + m * ldc, *C22 = C21 + n;
-        const real* right = factor + n;
+        const real* right = factor ? factor + n : nullptr;
         constexpr Start more = Start::target;
         vec total[ROWS][columns];
         zero(total);
@@ -538,14 +541,15 @@ class Factor {
     }
 
     template <long columns>
-    static INLINE void zero(vec (&total)[ROWS][columns]) {
-        each_register<ROWS, columns>([&](long r, long j) __attribute__((always_inline)) { total[r][j] = vec{}; });
+    static INLINED inline void zero(vec (&total)[ROWS][columns]) {
+        each_register<ROWS, columns>([&](long r, long j) INLINED { total[r][j] = vec{}; });
     }
 
     // C = start + sign * total
     template <Start start, int sign = 1, long columns>
-    static INLINE void give(const vec (&total)[ROWS][columns], real* C, long ldc, const real* factor = nullptr) {
-        each_register<ROWS, columns>([&](long r, long j) __attribute__((always_inline)) {
+    static INLINED inline void give(const vec (&total)[ROWS][columns], real* C, long ldc,
+                                    const real* factor = nullptr) {
+        each_register<ROWS, columns>([&](long r, long j) INLINED {
             vec& to = at(C + r * ldc + j * LANES);
             vec before = start == Start::zero ? vec{} : to;
             if (start == Start::scaled) before *= at(factor + j * LANES);
@@ -661,14 +665,15 @@ std::optional<Factor<turned>> of_all(const Shape& s, const real* W) {
     return Factor<turned>(s, W, s.C, s.C, s.C);
 }
 
-// What the landmarks of one image have, (C, groups, m) or (groups, c, m), as left factors of what its positions have: one
-// of all groups where `value` and `fuse` act at landmarks, else one a group.
+// What the landmarks of one image have, (C, groups, m) or (groups, c, m), as left factors of what its positions have:
+// one of all groups where `value` and `fuse` act at landmarks, else one a group.
 template <bool turned>
 class Heads {
   public:
     Heads(const Shape& s, const real* tensor)
         : count(s.at_landmarks ? 1 : s.groups), rows(s.C / count), marks(s.groups * s.m / count), tensor(tensor) {
-        for (long head = 0; head < count; head++) scratch.push_back(worker_memory.take(Factor<turned>::scratch(rows, marks)));
+        long size = Factor<turned>::scratch(rows, marks);
+        for (long head = 0; head < count; head++) scratch.push_back(worker_memory.take(size));
     }
     void take(long image) {
         factors.clear();
@@ -730,10 +735,10 @@ void attend(const Shape& s, const real* A, const Heads<false>& heads, const std:
 
 extern "C" {
 
-// Q and K: X (B, C, n), W_q and W_k (D, C) -> (B, D, n) each; and unless null the largest size of a number in either,
-// (2,), or the mean of each channel and the sum of squares about it, (2, D) each.
+// Q and K: X (B, C, n), W_q and W_k (D, C) -> (B, D, n) each; and of both, unless null, the largest size of a number,
+// (2,), or the mean of each channel and the sum of squares about it, (2, 2, D).
 void project(const Shape* shape, const real* X, const real* W_q, const real* W_k, real* Q, real* K, real* largest,
-             real* means, real* deviations) {
+             real* moments) {
     const Shape& s = *shape;
     Shares shares(s, false);
     const long T = shares.T;
@@ -741,7 +746,7 @@ void project(const Shape* shape, const real* X, const real* W_q, const real* W_k
     caller_memory.reset();
     real* tops = caller_memory.zeros(s.workers * 2);
     const Factor<false> W[] = {{s, W_q, s.D, s.C, s.C}, {s, W_k, s.D, s.C, s.C}};
-    std::vector<Moments> moments(means ? s.workers * 2 * s.D : 0);
+    std::vector<Moments> found(moments ? s.workers * 2 * s.D : 0);
     shares.each([&](long worker, const auto& tiles) {
         real *x = worker_memory.take(s.C * T), *y = worker_memory.take(s.D * T);
         tiles([&](const Tile& tile) {
@@ -750,8 +755,8 @@ void project(const Shape* shape, const real* X, const real* W_q, const real* W_k
                 W[side].times(tile.N, x, T, y, T);
                 store(y, tile.of(features[side], s.D, s.n), T);
                 if (largest) tops[worker * 2 + side] = std::max(tops[worker * 2 + side], largest_of(y, s.D, tile.N, T));
-                Moments* own = moments.data() + (worker * 2 + side) * s.D;
-                for (long row = 0; row < s.D && means; row++) own[row] += Moments(y + row * T, tile.count);
+                Moments* own = found.data() + (worker * 2 + side) * s.D;
+                for (long row = 0; row < s.D && moments; row++) own[row] += Moments(y + row * T, tile.count);
             }
         });
     });
@@ -760,10 +765,11 @@ void project(const Shape* shape, const real* X, const real* W_q, const real* W_k
         for (long worker = 0; worker < s.workers; worker++)
             largest[side] = std::max(largest[side], tops[worker * 2 + side]);
     }
-    for (long row = 0; row < 2 * s.D && means; row++) {
-        for (long worker = 1; worker < s.workers; worker++) moments[row] += moments[worker * 2 * s.D + row];
-        means[row] = moments[row].mean;
-        deviations[row] = moments[row].squares;
+    for (long row = 0; row < 2 * s.D && moments; row++) {
+        for (long worker = 1; worker < s.workers; worker++) found[row] += found[worker * 2 * s.D + row];
+        real* to = moments + row / s.D * 2 * s.D + row % s.D;
+        to[0] = found[row].mean;
+        to[s.D] = found[row].squares;
     }
 }
 
@@ -799,7 +805,8 @@ void affine_backward(const Shape*, long channels, long count, const real* scale,
                      const real* inverse_deviation, const real* d_scale, const real* d_offset, real* d_gain,
                      real* slope, real* constant) {
     for (long row = 0; row < channels; row++) {
-        real d_shift = d_offset ? d_offset[row] : 0, d = d_scale[row] - d_shift * means[row], inverse = inverse_deviation[row];
+        real d_shift = d_offset ? d_offset[row] : 0, inverse = inverse_deviation[row];
+        real d = d_scale[row] - d_shift * means[row];  // offset = shift - scale * mean
         d_gain[row] = d * inverse;
         // From the gradients of the variance, -1/2 d scale / (variance + eps), and of the mean, -d_shift scale.
         real per_value = scale[row] / -count;
@@ -1098,8 +1105,12 @@ void spread_backward(const Shape* shape, const real* X, const real* Q, const rea
                 if (g < rows.count) {  // for all groups of a head
                     const real* d_head = d_U + g * rows.rows * T;
                     real* turned = d_map;  // until that is computed
-                    for (long i = 0; i < of_head; i++)
+                    for (long i = 0; i < of_head; i++) {
                         transpose(map + i * s.m * T, s.m, N, T, turned + i * wide, width);
+                        real* beyond = turned + i * wide + s.m;
+                        for (long t = 0; t < N && s.m < wide; t++)
+                            std::fill(beyond + t * width, beyond + t * width + wide - s.m, real(0));
+                    }
                     Factor<false>(d_head, rows.rows, N, T, scratch)
                         .times(width, turned, width, source_total + g * rows.rows * width, width, tile.start());
                     rows_turned[g].times(N, d_head, T, d_map, T);
@@ -1153,7 +1164,8 @@ void project_backward(const Shape* shape, const real* X, const real* W_q, const 
     for (long side = 0; side < 2; side++) turned_weight(s, W[side], s.D, s.C, W_turned + side * s.D, 2 * s.D);
     const Factor<false> weight(s, W_turned, s.C, 2 * s.D, 2 * s.D);
     shares.each([&](long worker, const auto& tiles) {
-        std::fill(of_weights + worker * s.C * width, of_weights + (worker + 1) * s.C * width, real(0));
+        real* total = of_weights + worker * s.C * width;
+        bool fresh = true;
         real *x = worker_memory.take(s.C * T), *d_tile = worker_memory.take(s.C * T);
         real *y = worker_memory.take(s.D * T), *d_both = worker_memory.take(2 * s.D * T);
         real *turned = worker_memory.zeros(T * width), *scratch = worker_memory.take(Factor<false>::scratch(s.C, T));
@@ -1177,9 +1189,11 @@ void project_backward(const Shape* shape, const real* X, const real* W_q, const 
             weight.times(tile.N, d_both, T, d_tile, T);
             load(tile.of(X, s.C, s.n), x, T);
             Factor<false>(x, s.C, tile.N, T, scratch)
-                .times(width, turned, width, of_weights + worker * s.C * width, width, Start::target);
+                .times(width, turned, width, total, width, fresh ? Start::zero : Start::target);
+            fresh = false;
             add(d_tile, tile.of(d_x, s.C, s.n), T);
         });
+        if (fresh) std::fill(total, total + s.C * width, real(0));
     });
     each_worker(s.workers, [&](long worker) {  // (workers, C, 2, deep) -> (2, D, C), a square of registers at a time
         long blocks = (s.C + LANES - 1) / LANES;
@@ -1244,31 +1258,35 @@ void times_at_landmarks(const Shape* shape, const real* W, long of_rows, long na
 
 // The gradient of such a weight, (C, C), from that of one side and the other side.
 static void weight_at_landmarks(const Shape& s, const real* wide, const real* narrow, long of_rows, real* d_W) {
-    // The share of a worker at a time: `block` rows of `wide` and `some` of `narrow`, added up over the batch.
-    long c = s.C / s.groups, some = std::min(256L, padded(c)), columns = (c + some - 1) / some;
-    long block = std::max(ROWS, std::min(128L, s.C * s.groups / s.workers / ROWS * ROWS));
-    long rows = (s.C + block - 1) / block, shares = s.groups * rows * columns, units = s.B * s.groups * columns;
+    long c = s.C / s.groups, width = padded(c), together = std::min(s.B, std::max(1L, 768 / s.m));  // images
+    long block = std::max(4 * ROWS, std::min(64L, s.C * s.groups / s.workers / (4 * ROWS) * (4 * ROWS)));
+    long blocks = (s.C + block - 1) / block, units = s.B * s.groups;
     caller_memory.reset();
-    real* turned = caller_memory.take(units * s.m * some);  // B, groups, columns, m, some
+    long size = units * s.m * width;
+    real* turned = width == c ? caller_memory.take(size) : caller_memory.zeros(size);  // groups, B, m, c
     each_worker(s.workers, [&](long worker) {
-        for (long i = units * worker / s.workers; i < units * (worker + 1) / s.workers; i++) {
-            long first = i % columns * some;
-            transpose(narrow + (i / columns * c + first) * s.m, std::min(some, c - first), s.m, s.m,
-                      turned + i * s.m * some, some);
-        }
+        for (long i = units * worker / s.workers; i < units * (worker + 1) / s.workers; i++)
+            transpose(narrow + (i % s.B * s.groups + i / s.B) * c * s.m, c, s.m, s.m, turned + i * s.m * width, width);
     });
     each_worker(s.workers, [&](long worker) {
-        real *total = worker_memory.take(block * some), *scratch = worker_memory.take(Factor<false>::scratch(block, s.m));
-        for (long i = shares * worker / s.workers; i < shares * (worker + 1) / s.workers; i++) {
-            long g = i / (rows * columns), first = i / columns % rows * block, count = std::min(block, s.C - first);
-            for (long b = 0; b < s.B; b++)
-                Factor<false>(wide + place_of(s, false, b, g, first), count, s.m, s.groups * s.m, scratch)
-                    .times(some, turned + ((b * s.groups + g) * columns + i % columns) * s.m * some, some, total, some,
+        long deep = together * s.m;
+        real *total = worker_memory.take(block * width), *rows = worker_memory.take(block * deep);
+        real* scratch = worker_memory.take(Factor<false>::scratch(block, deep));
+        for (long i = s.groups * blocks * worker / s.workers; i < s.groups * blocks * (worker + 1) / s.workers; i++) {
+            long g = i / blocks, first = i % blocks * block, count = std::min(block, s.C - first);
+            for (long b = 0; b < s.B; b += together) {
+                long images = std::min(together, s.B - b), K = images * s.m;  // rows of `wide` side by side
+                for (long row = 0; row < count; row++)
+                    for (long image = 0; image < images; image++)
+                        std::memcpy(rows + row * K + image * s.m,
+                                    wide + place_of(s, false, b + image, g, first + row), s.m * sizeof(real));
+                Factor<false>(rows, count, K, K, scratch)
+                    .times(width, turned + (g * s.B + b) * s.m * width, width, total, width,
                            b ? Start::target : Start::zero);
-            long from = i % columns * some, there = std::min(some, c - from), column = g * c + from;
-            if (of_rows) transpose(total, count, there, some, d_W + column * s.C + first, s.C);
+            }
+            if (of_rows) transpose(total, count, c, width, d_W + g * c * s.C + first, s.C);
             for (long row = 0; row < count && !of_rows; row++)
-                std::memcpy(d_W + (first + row) * s.C + column, total + row * some, there * sizeof(real));
+                std::memcpy(d_W + (first + row) * s.C + g * c, total + row * width, c * sizeof(real));
         }
     });
 }

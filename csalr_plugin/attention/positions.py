@@ -57,7 +57,7 @@ class Projections(NamedTuple):
     Q: Tensor  # (B, C', n)
     K: Tensor
     largest: Tensor | None  # size of a number in each of them, (2,), if wanted
-    moments: Tensor | None  # mean of each channel and sum of squares about it, (2, Q and K, C'), if wanted
+    moments: Tensor | None  # of each their :meth:`Positions.moments`, (2, 2, C'), if wanted
 
 
 Wanted = Literal["largest", "moments"]  # of Q and K, which are seen anyhow while they are computed
@@ -165,7 +165,7 @@ class Positions:
         if wanted == "largest":
             largest = torch.stack([torch.linalg.vector_norm(one, float("inf")) for one in (Q, K)])
         elif wanted == "moments":
-            moments = torch.stack([torch.stack(self.moments(one)) for one in (Q, K)], 1)
+            moments = torch.stack([torch.stack(self.moments(one)) for one in (Q, K)])
         return Projections(Q, K, largest, moments)
 
     def moments(self, features: Tensor) -> tuple[Tensor, Tensor]:
