@@ -87,9 +87,12 @@ class CompiledPositions(Positions):
         self, moments: tuple[Tensor, Tensor], count: int, gain: Tensor, shift: Tensor | None, eps: float
     ) -> Affine:
         """See :class:`Positions`."""
-        vectors = scale, offset, variance, inverse_deviation = gain.new_empty(4, len(gain))
-        self._call("affine", 0, 0, len(gain), count, eps, *moments, gain, shift, *vectors)
-        return Affine(scale, None if shift is None else offset, variance, inverse_deviation)
+        variance = torch.empty_like(gain)
+        # What a backward pass needs is of one tensor.
+        scale, mean, inverse_deviation, *offset = kept = gain.new_empty(3 if shift is None else 4, len(gain)).unbind()
+        given = (len(gain), count, eps, *moments, gain, shift, variance)
+        self._call("affine", 0, 0, *given, *kept, *(() if offset else (None,)))
+        return Affine(scale, offset[0] if offset else None, mean, inverse_deviation, variance)
 
     def affine_backward(
         self,

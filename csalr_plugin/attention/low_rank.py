@@ -226,8 +226,8 @@ class Normalisation:
         mean, deviations = moments
         if everywhere:
             mean, deviations, count = over_processes(mean, deviations, count)
-        scale, offset, variance, inverse_deviation = positions.affine((mean, deviations), count, gain, shift, eps)
-        return cls((scale, offset, mean, inverse_deviation), variance, count, everywhere)
+        *tensors, variance = positions.affine((mean, deviations), count, gain, shift, eps)
+        return cls(tensors, variance, count, everywhere)
 
     def bound(self, largest: Tensor | None, gain: Tensor, shift: Tensor | None) -> Tensor:
         """A bound on the size of any normalised feature, from that of the raw ones: scalar.

@@ -787,12 +787,13 @@ void moments(const Shape* shape, const real* features, long channels, long n, re
 }
 
 // Batch norm as an affine map, from what `moments` finds in `count` values a channel: gain and, unless null, shift
-// (channels,) -> scale; offset unless null; biased variance; inverse of the deviation.
+// (channels,) -> biased variance; scale; mean; inverse of the deviation; offset unless null.
 void affine(const Shape*, long channels, long count, double eps, const real* means, const real* deviations,
-            const real* gain, const real* shift, real* scale, real* offset, real* variance,
-            real* inverse_deviation) {
+            const real* gain, const real* shift, real* variance, real* scale, real* mean, real* inverse_deviation,
+            real* offset) {
     for (long row = 0; row < channels; row++) {
         variance[row] = deviations[row] / count;
+        mean[row] = means[row];
         inverse_deviation[row] = 1 / std::sqrt(variance[row] + real(eps));
         scale[row] = gain[row] * inverse_deviation[row];
         if (shift) offset[row] = shift[row] - scale[row] * means[row];

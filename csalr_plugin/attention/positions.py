@@ -5,9 +5,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -57,7 +57,7 @@ class Projections(NamedTuple):
     Q: Tensor  # (B, C', n)
     K: Tensor
     largest: Tensor | None  # size of a number in each of them, (2,), if wanted
-    moments: Tensor | None  # of each their :meth:`Positions.moments`, (2, 2, C'), if wanted
+    moments: Tensor | Sequence[Any] | None  # :meth:`Positions.moments` of each, if wanted
 
 
 Wanted = Literal["largest", "moments"]  # of Q and K, which are seen anyhow while they are computed
@@ -68,8 +68,9 @@ class Affine(NamedTuple):
 
     scale: Tensor
     offset: Tensor | None  # None where nobody sees it
-    variance: Tensor  # of the features, biased
+    mean: Tensor  # of the features
     inverse_deviation: Tensor
+    variance: Tensor  # biased
 
 
 class Gathered(NamedTuple):
@@ -165,7 +166,7 @@ class Positions:
         if wanted == "largest":
             largest = torch.stack([torch.linalg.vector_norm(one, float("inf")) for one in (Q, K)])
         elif wanted == "moments":
-            moments = torch.stack([torch.stack(self.moments(one)) for one in (Q, K)])
+            moments = [self.moments(one) for one in (Q, K)]
         return Projections(Q, K, largest, moments)
 
     def moments(self, features: Tensor) -> tuple[Tensor, Tensor]:
@@ -194,7 +195,7 @@ class Positions:
         inverse_deviation = (variance + eps).rsqrt_()
         scale = gain * inverse_deviation
         offset = None if shift is None else torch.addcmul(shift, scale, mean, value=-1)
-        return Affine(scale, offset, variance, inverse_deviation)
+        return Affine(scale, offset, mean, inverse_deviation, variance)
 
     def affine_backward(
         self,
