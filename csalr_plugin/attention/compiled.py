@@ -87,27 +87,18 @@ class CompiledPositions(Positions):
         self, moments: tuple[Tensor, Tensor], count: int, gain: Tensor, shift: Tensor | None, eps: float
     ) -> Affine:
         """See :class:`Positions`."""
-        variance = torch.empty_like(gain)
-        # What a backward pass needs is of one tensor.
-        scale, mean, inverse_deviation, *offset = kept = gain.new_empty(3 if shift is None else 4, len(gain)).unbind()
-        given = (len(gain), count, eps, *moments, gain, shift, variance)
-        self._call("affine", 0, 0, *given, *kept, *(() if offset else (None,)))
-        return Affine(scale, offset[0] if offset else None, mean, inverse_deviation, variance)
+        scale, mean, inverse_deviation = gain.new_empty(3, len(gain))
+        offset, variance = None if shift is None else torch.empty_like(gain), torch.empty_like(gain)
+        results = variance, scale, mean, inverse_deviation, offset
+        self._call("affine", 0, 0, len(gain), count, eps, *moments, gain, shift, *results)
+        return Affine(scale, offset, mean, inverse_deviation, variance)
 
     def affine_backward(
-        self,
-        scale: Tensor,
-        mean: Tensor,
-        inverse_deviation: Tensor,
-        count: int,
-        d_scale: Tensor,
-        d_offset: Tensor | None,
+        self, affine: tuple[Tensor, Tensor, Tensor], count: int, d_scale: Tensor, d_offset: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """See :class:`Positions`."""
-        d_gain, slope, constant = vectors = scale.new_empty(3, len(scale))
-        self._call(
-            "affine_backward", 0, 0, len(scale), count, scale, mean, inverse_deviation, d_scale, d_offset, *vectors
-        )
+        d_gain, slope, constant = vectors = d_scale.new_empty(3, len(d_scale))
+        self._call("affine_backward", 0, 0, len(d_scale), count, *affine, d_scale, d_offset, *vectors)
         return d_gain, slope, constant
 
     def landmarks(self, Q: Tensor, K: Tensor, scale_q: Tensor, offset_q: Tensor, scale_k: Tensor) -> Landmarks:

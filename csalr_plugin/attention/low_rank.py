@@ -244,11 +244,11 @@ class Normalisation:
         variance is ``slope * feature + constant``. All (channels,); `d_offset` None is 0."""
         if self.inverse_deviation is None or self.mean is None:
             return d_scale, d_offset, None, None
-        given = self.scale, self.mean, self.inverse_deviation, self.count
-        d_gain, slope, constant = positions.affine_backward(*given, d_scale, d_offset)
+        affine = self.scale, self.mean, self.inverse_deviation
+        d_gain, slope, constant = positions.affine_backward(affine, self.count, d_scale, d_offset)
         if self.everywhere:  # mean and variance act on every process's features
             d_scale, *rest = sum_over_processes(*(one for one in (d_scale, d_offset) if one is not None))
-            _, slope, constant = positions.affine_backward(*given, d_scale, rest[0] if rest else None)
+            _, slope, constant = positions.affine_backward(affine, self.count, d_scale, rest[0] if rest else None)
         return d_gain, d_offset, slope, constant
 
 

@@ -945,7 +945,7 @@ void gather_backward(const Shape* shape, const real* X, const real* features, co
                 const real* keys = for_keys + (b * s.groups + g) * d * s.m;
                 real *map = S + g * s.m * T, *d_map = d_S + g * s.m * T;
                 product<true>(s.m, N, d, keys, s.m, k + g * s.step * T, T, map, T);
-                if (g < heads) rows_turned[g].times(N, v + g * rows.rows * T, T, d_map, T);
+                if (g < rows.count) rows_turned[g].times(N, v + g * rows.rows * T, T, d_map, T);
                 for (long row = 0; row < s.m; row++) {
                     long here = b * marks + g * s.m + row;
                     for (long t = row * T; t < row * T + N; t += LANES) {
@@ -960,8 +960,8 @@ void gather_backward(const Shape* shape, const real* X, const real* features, co
                                of_keys + (tile.part.index * marks + g * s.m) * deep, deep, tile.start());
             }
             real* d_features = s.at_landmarks ? d_tile : d_v;
-            for (long h = 0; h < heads; h++)
-                rows[h].times(N, S + h * width * T, T, d_features + h * rows.rows * T, T);
+            for (long h = 0; h < rows.count; h++)
+                rows[h].times(N, S + h * rows.marks * T, T, d_features + h * rows.rows * T, T);
             if (!s.at_landmarks) {
                 load(tile.of(X, s.C, s.n), x, T);
                 add_outer(s.C, d_v, x, x_turned, scratch, of_value + worker * square, N, T);
@@ -1064,7 +1064,7 @@ void spread_backward(const Shape* shape, const real* X, const real* Q, const rea
         tiles([&](const Tile& tile) {
             long b = tile.part.image, N = tile.N;
             if (tile.fresh) {
-                rows.take(b);
+                if (W_f || !out) rows.take(b);  // else O is taken from the output
                 rows_turned.take(b);
             }
             const real* queries = for_queries + b * s.groups * s.d * s.m;
@@ -1217,6 +1217,12 @@ static long place_of(const Shape& s, bool narrow, long b, long g, long row) {
     return (narrow ? (b * s.groups + g) * (s.C / s.groups) + row : (b * s.C + row) * s.groups + g) * s.m;
 }
 
+// Of `rows` a group, how many a worker takes at a time: whole blocks of quarters, and some for every worker.
+static long block_of(const Shape& s, long rows, long most) {
+    constexpr long unit = 4 * ROWS;
+    return std::max(unit, std::min(most, rows * s.groups / s.workers / unit * unit));
+}
+
 // A weight at the landmarks, a group at a time: `wide` (B, C, groups, m) and `narrow` (B, groups, c, m).
 //
 // Group g's share of W (C, C) is rows g c to (g + 1) c where `of_rows`, (c, C), as in `value`; else those columns,
@@ -1226,7 +1232,7 @@ void times_at_landmarks(const Shape* shape, const real* W, long of_rows, long na
     const Shape& s = *shape;
     long c = s.C / s.groups, wide = padded(s.m), rows = narrows ? c : s.C, columns = narrows ? s.C : c;
     // A worker takes some of its rows at a time, which stay in the cache for all images.
-    long block = std::max(4 * ROWS, std::min(128L, rows * s.groups / s.workers / (4 * ROWS) * (4 * ROWS)));
+    long block = block_of(s, rows, 128);
     long blocks = (rows + block - 1) / block;
     bool turned = bool(of_rows) != bool(narrows);  // a product reads the rows of a transpose faster than columns
     bool direct = s.m == wide;  // without a copy whose rows are padded
@@ -1260,7 +1266,7 @@ void times_at_landmarks(const Shape* shape, const real* W, long of_rows, long na
 // The gradient of such a weight, (C, C), from that of one side and the other side.
 static void weight_at_landmarks(const Shape& s, const real* wide, const real* narrow, long of_rows, real* d_W) {
     long c = s.C / s.groups, width = padded(c), together = std::min(s.B, std::max(1L, 768 / s.m));  // images
-    long block = std::max(4 * ROWS, std::min(64L, s.C * s.groups / s.workers / (4 * ROWS) * (4 * ROWS)));
+    long block = block_of(s, s.C, 64);
     long blocks = (s.C + block - 1) / block, units = s.B * s.groups;
     caller_memory.reset();
     long size = units * s.m * width;

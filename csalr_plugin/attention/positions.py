@@ -198,16 +198,12 @@ class Positions:
         return Affine(scale, offset, mean, inverse_deviation, variance)
 
     def affine_backward(
-        self,
-        scale: Tensor,
-        mean: Tensor,
-        inverse_deviation: Tensor,
-        count: int,
-        d_scale: Tensor,
-        d_offset: Tensor | None,
+        self, affine: tuple[Tensor, Tensor, Tensor], count: int, d_scale: Tensor, d_offset: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The gradient of gain, and (slope, constant): what each feature's gradient gets through mean and variance is
-        ``slope * feature + constant``. All (channels,); `d_offset` None is 0."""
+        ``slope * feature + constant``. All (channels,), `affine` scale, mean and inverse_deviation; `d_offset` None
+        is 0."""
+        scale, mean, inverse_deviation = affine
         if d_offset is not None:
             d_scale = torch.addcmul(d_scale, d_offset, mean, value=-1)  # offset = shift - scale * mean
         # From the gradients of the variance, -1/2 d_scale scale / (variance + eps), and of the mean, -d_offset scale.
