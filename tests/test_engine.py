@@ -31,8 +31,8 @@ from csalr_plugin.hosts.torchreid.train import (
     resume_from_checkpoint,
     train,
 )
-from csalr_plugin.hosts.training import WarmUp
 from csalr_plugin.models import build_model
+from csalr_plugin.models.recipe import WarmUp
 from csalr_plugin.models.weights import read_checkpoint
 
 register()
@@ -127,16 +127,6 @@ def test_blocks_and_gates_have_rates_of_their_own_and_gates_no_decay(tiny_data: 
     assert engine.get_current_lr() == pytest.approx(0.01)  # the host prints that of new layers
     everything = [id(one) for group in engine.optimizer.param_groups for one in group["params"]]
     assert sorted(everything) == sorted(id(one) for one in engine.model.parameters())
-
-
-def test_warm_up_scales_the_blocks_rate_and_leaves_it_as_it_was() -> None:
-    slow, fast = torch.zeros(1, requires_grad=True), torch.zeros(1, requires_grad=True)
-    optimizer = torch.optim.SGD([{"params": [slow], "role": "attention"}, {"params": [fast]}], lr=1.0)
-    slow.grad, fast.grad = torch.ones(1), torch.ones(1)
-    with WarmUp(optimizer, 4).at(0):
-        optimizer.step()
-    assert (slow.item(), fast.item()) == (-0.25, -1.0)
-    assert [group["lr"] for group in optimizer.param_groups] == [1.0, 1.0]
 
 
 def test_a_run_that_is_stopped_and_resumed_equals_one_without_a_stop(

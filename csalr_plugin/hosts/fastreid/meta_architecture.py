@@ -18,7 +18,7 @@ from fastreid.modeling.meta_arch import META_ARCH_REGISTRY
 from torch import Tensor
 
 from csalr_plugin.errors import UserError
-from csalr_plugin.models import MODEL_NAMES, head_and_attention
+from csalr_plugin.models import MODEL_NAMES, head_and_attention, recipe
 from csalr_plugin.models.pcb import PCB, RefinedPCB
 from csalr_plugin.models.weights import load_backbone
 
@@ -93,16 +93,17 @@ class _InFastReID(_Network):
         """
         logits, features = outputs if isinstance(outputs, tuple) else (outputs, None)
         logits = [one.float() for one in logits]
-        log_accuracy(sum(logits[: self.parts]).detach(), identities)
+        log_accuracy(recipe.vote(self, logits).detach(), identities)
         settings, terms = self.loss_settings, {}
         if "CrossEntropyLoss" in settings.NAME:
-            each = [
-                settings.CE.SCALE * cross_entropy_loss(one, identities, settings.CE.EPSILON, settings.CE.ALPHA)
-                for one in logits
-            ]
-            terms["loss_F"] = sum(each[: self.parts])
-            for stage, branch in zip(self.supervision, each[self.parts :], strict=True):
-                terms[f"loss_DS_{stage}"] = self.supervision_weight * branch
+            own = settings.CE
+
+            def identity_loss(one: Tensor) -> Tensor:
+                return own.SCALE * cross_entropy_loss(one, identities, own.EPSILON, own.ALPHA)
+
+            identity = recipe.loss_terms(self, logits, identity_loss, self.supervision_weight)
+            terms["loss_F"] = identity.main
+            terms |= {f"loss_DS_{stage}": branch for stage, branch in identity.weighted_branches().items()}
         if features is not None:
             terms |= self._metric_losses(features.float(), identities)
         return terms

@@ -32,9 +32,12 @@ from csalr_plugin.hosts.distributed import gathered, is_lost, one_first, share_b
 from csalr_plugin.hosts.fastreid.config import IDENTITY_SAMPLERS, validate
 from csalr_plugin.hosts.fastreid.launch import gone
 from csalr_plugin.hosts.script import replaced
-from csalr_plugin.hosts.training import WarmUp, clip_gradients, keep_freed_memory, unwrapped
-from csalr_plugin.models import PCB, RefinedPCB
+from csalr_plugin.hosts.training import keep_freed_memory, unwrapped
+from csalr_plugin.models import PCB, RefinedPCB, recipe
 from csalr_plugin.models.cost import count_gmacs, count_parameters
+
+# Children of the plugin's networks that have no ImageNet weights.
+_NEW_LAYERS = ("conv5", "classifier", "part_classifier", "attention", "supervision")
 
 logger = logging.getLogger(__name__.replace("csalr_plugin.hosts.fastreid", "fastreid.csalr"))
 
@@ -60,7 +63,7 @@ class Trainer(DefaultTrainer):  # type: ignore[misc]  # fast-reid carries no typ
         network = unwrapped(self.model)
         if not next(network.parameters()).is_cuda:
             keep_freed_memory()
-        self.warm_up = WarmUp(self.optimizer, cfg.CSALR.WARMUP)
+        self.warm_up = recipe.WarmUp(self.optimizer, cfg.CSALR.WARMUP)
         if isinstance(network, PCB):
             clip = _ClipGradients(network, cfg.CSALR.CLIP_GRADIENT)
             self.optimizer.register_step_pre_hook(clip)
@@ -119,32 +122,26 @@ class Trainer(DefaultTrainer):  # type: ignore[misc]  # fast-reid carries no typ
 
     @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> tuple[torch.optim.Optimizer, Any]:
-        """The host's optimizer; what is new in a plugin model, its blocks and its gates have their own rates.
+        """Build the host's optimizer; new layers, blocks and gates of a plugin model have learning rates of their own.
 
-        With r = SOLVER.BASE_LR the backbone learns at r and what is new at h = r * SOLVER.HEADS_LR_FACTOR; blocks and
-        supervision branches at h * CSALR.ATTENTION_LR, and gates at h * CSALR.GATE_LR and without weight decay: a
-        gate's gradient is a sum over all positions, and a gate that is decayed never opens.
+        With r = SOLVER.BASE_LR the backbone learns at r and new layers at h = r * SOLVER.HEADS_LR_FACTOR. Blocks and
+        supervision branches learn at h * CSALR.ATTENTION_LR, gates at h * CSALR.GATE_LR; see `recipe.assign_role`.
         """
         optimizer, parameters = build_optimizer(cfg, model)
         if not isinstance(model, PCB):
             return optimizer, parameters
-        role_of = {id(parameter): _role(name) for name, parameter in model.named_parameters()}
-        factors = {
-            "backbone": 1.0,
-            "new": cfg.SOLVER.HEADS_LR_FACTOR,
-            "attention": cfg.SOLVER.HEADS_LR_FACTOR * cfg.CSALR.ATTENTION_LR,
-            "gate": cfg.SOLVER.HEADS_LR_FACTOR * cfg.CSALR.GATE_LR,
-        }
-        # The host has a group for each parameter: those alike become one, which torch steps at once.
+        role_of = recipe.parameter_roles(model)
+        new = {parameter for name, parameter in model.named_parameters() if name.split(".")[0] in _NEW_LAYERS}
+        # The host makes a group for each parameter. Groups with the same settings are merged: torch steps them at once.
         groups: dict[tuple[Any, ...], dict[str, Any]] = {}
         for group in optimizer.param_groups:
-            role = role_of[id(group["params"][0])]
-            group["lr"] *= factors[role]
-            if role == "gate":
-                group["weight_decay"] = 0.0
-            if role in ("attention", "gate"):
-                group["role"] = role
-            alike = (role, group["lr"], group["weight_decay"], group["freeze_status"])
+            parameter = group["params"][0]
+            if parameter in new:
+                group["lr"] *= cfg.SOLVER.HEADS_LR_FACTOR
+            rates = {"attention_lr": cfg.CSALR.ATTENTION_LR, "gate_lr": cfg.CSALR.GATE_LR}
+            recipe.assign_role(group, role_of[parameter], **rates)
+            kind = (role_of[parameter], parameter in new)
+            alike = (kind, group["lr"], group["weight_decay"], group["freeze_status"])
             if alike in groups:
                 groups[alike]["params"] += group["params"]
             else:
@@ -257,16 +254,6 @@ def _in_several_processes(cfg: CfgNode, model: nn.Module, device_ids: list[int],
         )
 
 
-def _role(name: str) -> str:
-    """What a parameter of a plugin model is for its learning rate."""
-    child = name.split(".")[0]
-    if child == "attention" and name.endswith(".alpha"):
-        return "gate"
-    if child in ("attention", "supervision"):
-        return "attention"
-    return "new" if child in ("conv5", "classifier", "part_classifier") else "backbone"
-
-
 class _GradientError(ArithmeticError):
     """A gradient is not finite; the weights are those from before the step."""
 
@@ -278,7 +265,7 @@ class _ClipGradients:
         self.network, self.limit = network, limit
 
     def __call__(self, *_: Any) -> None:
-        norm = float(clip_gradients(self.network, self.limit))
+        norm = float(recipe.clip_gradients(self.network, self.limit))
         if not math.isfinite(norm):
             raise _GradientError(f"gradient norm = {norm}")
 
@@ -296,9 +283,13 @@ class RefinedParts(HookBase):  # type: ignore[misc]
 
     def before_epoch(self) -> None:
         """Open and freeze layers for the epoch that begins."""
-        refined_epoch = self.trainer.epoch - self.settings.PCB_EPOCHS
-        self.network.refining = refined_epoch >= 0
-        alone = 0 <= refined_epoch < self.settings.PART_CLASSIFIER_EPOCHS
+        phase = recipe.begin_epoch(
+            self.network,
+            self.trainer.epoch,
+            pcb_epochs=self.settings.PCB_EPOCHS,
+            part_classifier_epochs=self.settings.PART_CLASSIFIER_EPOCHS,
+        )
+        alone = phase is recipe.Phase.PART_CLASSIFIER
         for name, child in self.network.named_children():
             opened = not alone or name == "part_classifier"
             child.train(opened)

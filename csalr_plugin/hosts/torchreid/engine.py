@@ -28,8 +28,8 @@ from csalr_plugin.hosts.torchreid.config import active_config
 from csalr_plugin.hosts.torchreid.loading import draw_from, evaluation_loader, training_loader
 from csalr_plugin.hosts.torchreid.monitor import Monitor
 from csalr_plugin.hosts.torchreid.ranking import evaluate_rank
-from csalr_plugin.hosts.training import WarmUp, clip_gradients, keep_freed_memory, unwrapped
-from csalr_plugin.models import PCB, RefinedPCB
+from csalr_plugin.hosts.training import keep_freed_memory, unwrapped
+from csalr_plugin.models import recipe
 
 
 @cache
@@ -61,7 +61,7 @@ class _PluginTraining(_HostEngine):
         self.settings = config.csalr
         self.seed: int = config.train.seed
         self.network = unwrapped(self.model)
-        self.blocks: dict[str, Any] = dict(getattr(self.network, "attention", {}))
+        self.blocks = recipe.attention_blocks(self.network)
         self.device = next(self.model.parameters()).device
         self.train_loader = training_loader(self.train_loader, self.seed)
         if self.settings.channels_last:
@@ -71,7 +71,7 @@ class _PluginTraining(_HostEngine):
         if self.settings.compile:
             self.network.compile()  # in place: weights keep their names, hooks and other methods work as before
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.settings.amp == "fp16")
-        self.warm_up = WarmUp(self.optimizer, self.settings.warmup)
+        self.warm_up = recipe.WarmUp(self.optimizer, self.settings.warmup)
         self.save_dir = Path(config.data.save_dir)
         self.results: dict[str, dict[str, float]] = {}
         self.monitor = Monitor(self)
@@ -127,11 +127,11 @@ class _PluginTraining(_HostEngine):
             logits = [one.float() for one in logits] if isinstance(logits, list) else logits.float()
             terms, loss = self.loss_terms(logits, None if features is None else features.float(), identities)
             self.scaler.scale(loss / len(batches)).backward()  # type: ignore[no-untyped-call]
-        votes = [sum(logits[: self.network.parts])] if isinstance(self.network, PCB) else logits
-        watched = {"loss": loss, **terms, "acc": torchreid.metrics.accuracy(votes, identities)[0]}
+        vote = recipe.vote(self.network, logits)
+        watched = {"loss": loss, **terms, "acc": torchreid.metrics.accuracy(vote, identities)[0]}
         if complete:
             self.scaler.unscale_(self.optimizer)
-            watched["gradient norm"] = clip_gradients(self.network, self.settings.clip_gradient)
+            watched["gradient norm"] = recipe.clip_gradients(self.network, self.settings.clip_gradient)
         watched["stops"] = float(self._stopped)
         values = distributed.means(watched)
         self._stops = values["stops"] > 0  # so all stop after the same batch
@@ -197,28 +197,20 @@ class _PluginTraining(_HostEngine):
     ) -> tuple[dict[str, Tensor], Tensor]:
         """The terms of Eq. 18 by name, and their sum: L = L_F + lambda * sum_i L_DS_i.
 
-        L_F is the sum of the parts' losses; with the host's triplet loss it is `weight_x` times that sum plus
-        `weight_t` times the triplet loss of the embedding. A model that is not the plugin's keeps the host's
-        mean over its outputs.
+        See :func:`recipe.loss_terms`. With the host's triplet loss, L_F is `weight_x` times the identity loss plus
+        `weight_t` times the triplet loss of the embedding.
         """
-        triplet = features is not None
-        criterion = self.criterion_x if triplet else self.criterion
-        if isinstance(self.network, PCB):
-            parts = self.network.parts
-            main = sum(criterion(part, identities) for part in logits[:parts])
-            branches = [criterion(branch, identities) for branch in logits[parts:]]
-        else:
-            main, branches = self.compute_loss(criterion, logits, identities), []
-        terms = {"L_F": main}
+        criterion = self.criterion if features is None else self.criterion_x
+        losses = recipe.loss_terms(
+            self.network, logits, lambda one: criterion(one, identities), self.settings.supervision_weight
+        )
+        triplet = {}
         if features is not None:
             everyone = distributed.embeddings_of_all(features, identities)
-            terms["triplet"] = self.compute_loss(self.criterion_t, *everyone)
-            terms["L_F"] = self.weight_x * main + self.weight_t * terms["triplet"]
-        loss = terms["L_F"]
-        for name, branch in zip(getattr(self.network, "supervision", {}), branches, strict=True):
-            terms[f"L_DS_{name}"] = branch
-            loss = loss + self.settings.supervision_weight * branch
-        return terms, loss
+            triplet["triplet"] = self.compute_loss(self.criterion_t, *everyone)
+            losses = losses.with_triplet(triplet["triplet"], self.weight_x, self.weight_t)
+        branches = {f"L_DS_{name}": branch for name, branch in losses.branches.items()}
+        return {"L_F": losses.main, **triplet, **branches}, losses.total()
 
     def _require_finite(self, terms: dict[str, float], images: Tensor, number: int) -> None:
         bad = [f"{name} = {term}" for name, term in terms.items() if not math.isfinite(term)]
@@ -317,11 +309,12 @@ class _PluginTraining(_HostEngine):
         self, epoch: int, fixbase_epoch: int, open_layers: Any, model: nn.Module | None = None
     ) -> None:
         """The host's two steps and, for a model with refined parts, the phases of its training (section 4.2)."""
-        if isinstance(self.network, RefinedPCB):
-            refined_epoch = epoch - self.settings.rpp.pcb_epochs
-            self.network.refining = refined_epoch >= 0
-            if 0 <= refined_epoch < self.settings.rpp.part_classifier_epochs:
-                fixbase_epoch, open_layers = epoch + 1, ["part_classifier"]
+        rpp = self.settings.rpp
+        phase = recipe.begin_epoch(
+            self.network, epoch, pcb_epochs=rpp.pcb_epochs, part_classifier_epochs=rpp.part_classifier_epochs
+        )
+        if phase is recipe.Phase.PART_CLASSIFIER:
+            fixbase_epoch, open_layers = epoch + 1, ["part_classifier"]
         super().two_stepped_transfer_learning(epoch, fixbase_epoch, open_layers, model or self.network)
 
     @property

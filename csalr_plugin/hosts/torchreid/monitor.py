@@ -17,7 +17,7 @@ from torch.utils.tensorboard.writer import SummaryWriter
 
 from csalr_plugin.attention.maps import block_inputs, maps_of
 from csalr_plugin.hosts import distributed
-from csalr_plugin.models import PCB
+from csalr_plugin.models import PCB, recipe
 
 METRICS = "metrics.jsonl"
 _MOST_EMBEDDINGS = 1000  # in the projector, which is a page in a browser
@@ -57,11 +57,10 @@ class Monitor:
             else:
                 self._sums[name] += value
         network = self.engine.network
-        heads = [logits] if isinstance(logits, Tensor) else list(logits)
-        names = [f"head{number}" for number in range(1, len(heads) + 1)]
-        if isinstance(network, PCB):
-            names = [f"part{number}" for number in range(1, network.parts + 1)] + list(network.supervision)
-        for name, head in zip(names, heads, strict=True):
+        outputs, branches = recipe.split_logits(network, logits)
+        kind = "part" if isinstance(network, PCB) else "head"
+        heads = {f"{kind}{number}": output for number, output in enumerate(outputs, start=1)} | branches
+        for name, head in heads.items():
             # Left on the device: a number would wait for it.
             self._sums[f"accuracy_{name}"] += 100 * (head.detach().argmax(dim=1) == identities).float().mean()
 

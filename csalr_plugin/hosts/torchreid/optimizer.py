@@ -10,41 +10,34 @@ from torch import nn
 
 from csalr_plugin.hosts.torchreid.config import active_config
 from csalr_plugin.hosts.training import unwrapped
-from csalr_plugin.models import PCB
+from csalr_plugin.models import recipe
 
 _build_host_optimizer = torchreid.optim.build_optimizer
 
 
 def build_optimizer(model: nn.Module, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
-    """Build the host's optimizer; blocks and gates of a plugin model get parameter groups of their own.
+    """Build the host's optimizer; the blocks and gates of a network with attention get parameter groups of their own.
 
-    Blocks, with their supervision branches, learn at `csalr.attention_lr` times the learning rate of new layers,
-    and gates (alpha) at `csalr.gate_lr` times that rate and without weight decay: a gate's gradient is a sum over
-    all positions, and a gate that is decayed never opens.
+    Their learning rates are `csalr.attention_lr` and `csalr.gate_lr` times that of new layers, see
+    :func:`recipe.assign_role`.
 
     Args:
-        model: any model of the host's registry; one that is not the plugin's is left to the host.
+        model: any model of the host's registry; the host alone decides for one without attention.
         args, kwargs: those of the host's ``torchreid.optim.build_optimizer``.
     """
     optimizer = _build_host_optimizer(model, *args, **kwargs)
     network = unwrapped(model)
-    if not isinstance(network, PCB) or not network.attention:
+    if not recipe.attention_blocks(network):
         return optimizer
     settings = active_config().csalr
-    gates = [block.alpha for block in network.attention.values()]
-    blocks = [
-        parameter
-        for child in (network.attention, network.supervision)
-        for parameter in child.parameters()
-        if not any(parameter is gate for gate in gates)
-    ]
-    moved = {id(parameter) for parameter in [*gates, *blocks]}
+    role_of = recipe.parameter_roles(network)
     for group in optimizer.param_groups:
-        group["params"] = [parameter for parameter in group["params"] if id(parameter) not in moved]
-    rate = optimizer.defaults["lr"]
+        group["params"] = [one for one in group["params"] if role_of[one] is recipe.Role.HOST]
     host_groups = list(optimizer.param_groups)
-    optimizer.add_param_group({"params": blocks, "lr": rate * settings.attention_lr, "role": "attention"})
-    optimizer.add_param_group({"params": gates, "lr": rate * settings.gate_lr, "role": "gate", "weight_decay": 0.0})
-    # The host prints the learning rate of the last group: keep its own there.
+    for role in (recipe.Role.ATTENTION, recipe.Role.GATE):
+        group = {"params": [one for one in role_of if role_of[one] is role], "lr": optimizer.defaults["lr"]}
+        recipe.assign_role(group, role, attention_lr=settings.attention_lr, gate_lr=settings.gate_lr)
+        optimizer.add_param_group(group)
+    # The host prints the learning rate of the last group, which must be that of new layers.
     optimizer.param_groups[:] = [*optimizer.param_groups[-2:], *host_groups]
     return optimizer
