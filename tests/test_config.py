@@ -1,4 +1,4 @@
-"""The configuration: any case, every mistake in one line, one table of settings."""
+"""The configuration: keys in any case, every mistake in one line, one table of settings."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import pytest
 
 from csalr_plugin.errors import UserError
 from csalr_plugin.hosts import keys
+from csalr_plugin.hosts.config import recordable, recorded_settings
 from csalr_plugin.hosts.torchreid import config as configuration
 from csalr_plugin.hosts.torchreid.config import (
     ENGINE_RUN,
@@ -21,6 +22,7 @@ from csalr_plugin.hosts.torchreid.config import (
     default_config,
     find_config,
     set_active_config,
+    training_keys,
 )
 
 
@@ -94,7 +96,7 @@ def test_text_becomes_the_type_of_its_key(key: str, text: str, value: object) ->
 @pytest.mark.parametrize(
     ("key", "value", "allowed"),
     [
-        ("csalr.groups", "0", "an integer of at least 1"),
+        ("csalr.groups", "0", "an integer from 1 to 2048"),
         ("csalr.groups", "2.5", "an integer"),
         ("csalr.groups", True, "an integer"),
         ("csalr.landmarks", "12", "two positive integers"),
@@ -112,10 +114,10 @@ def test_text_becomes_the_type_of_its_key(key: str, text: str, value: object) ->
         ("csalr.key_ratio", "1.5", "a number greater than 0 and of at most 1"),
         ("csalr.overwrite", "maybe", "true or false"),
         ("csalr.amp", "fp8", "one of none, bf16, fp16"),
-        ("csalr.accumulate", "0", "an integer of at least 1"),
+        ("csalr.accumulate", "0", "an integer from 1 to 1000000"),
         ("csalr.compile", "fast", "true or false"),
         ("csalr.channels_last", "1", "true or false"),
-        ("csalr.rpp.pcb_epochs", "-1", "an integer of at least 0"),
+        ("csalr.rpp.pcb_epochs", "-1", "an integer from 0 to 1000000"),
         ("CSALR.GROUPS", "none", "an integer"),
         ("loss.name", "softmx", "one of softmax, triplet. Did you mean 'softmax'?"),
         ("data.transforms", "random_flop", "random_flip"),
@@ -123,6 +125,41 @@ def test_text_becomes_the_type_of_its_key(key: str, text: str, value: object) ->
         ("train.lr", "fast", "a number greater than 0"),
         ("model.pretrained", "2", "true or false"),
         ("model.name", ["a"], "text"),
+        ("data.save_dir", 0.1, "a path"),
+        ("data.root", "a\0b", "a path"),
+        ("data.targets", "[]", "a comma-separated list of at least 1"),
+        ("data.sources", "[]", "a comma-separated list of at least 1"),
+        ("data.workers", "-1", "an integer from 0 to 1000"),
+        ("data.split_id", "-1", "an integer from 0"),
+        ("data.height", "0", "an integer from 1 to 10000"),
+        ("data.width", "99999", "an integer from 1 to 10000"),
+        ("data.k_tfm", "2", "1: torchreid's engines train on one view"),
+        ("data.norm_mean", "0.5,0.5", "a comma-separated list of 3, each a number"),
+        ("data.norm_std", "0,0,0", "a comma-separated list of 3, each a number greater than 0"),
+        ("sampler.num_instances", "0", "an integer from 1"),
+        ("sampler.num_cams", "0", "an integer from 1"),
+        ("sampler.num_datasets", "0", "an integer from 1"),
+        ("video.seq_len", "-1", "an integer from 1"),
+        ("train.max_epoch", "9999999999999999999999", "an integer from 1 to 1000000"),
+        ("train.max_epoch", "0", "an integer from 1 to 1000000"),
+        ("train.batch_size", "0", "an integer from 1"),
+        ("train.open_layers", "[]", "of at least 1"),
+        ("train.stepsize", "[]", "a comma-separated list of at least 1"),
+        ("train.gamma", "1.5", "a number greater than 0 and of at most 1"),
+        ("train.seed", "4294967296", "an integer from 0 to 4294967295"),
+        ("sgd.momentum", "1.5", "a number of at least 0 and less than 1"),
+        ("sgd.dampening", "2", "a number from 0 to 1"),
+        ("rmsprop.alpha", "0", "a number greater than 0 and less than 1"),
+        ("adam.beta1", "1", "less than 1"),
+        ("adam.beta2", "1", "less than 1"),
+        ("loss.triplet.margin", "-1", "a number of at least 0"),
+        ("loss.triplet.weight_t", "-1", "a number of at least 0"),
+        ("loss.triplet.weight_x", "-1", "a number of at least 0"),
+        ("test.ranks", "[]", "of at least 1"),
+        ("test.eval_freq", "0", "-1, which evaluates after the last epoch alone, or an integer of at least 1"),
+        ("test.start_eval", "-1", "an integer from 0"),
+        ("csalr.groups", "4096", "an integer from 1 to 2048"),
+        ("csalr.landmarks", "9999,1", "two positive integers of at most 1000"),
     ],
 )
 def test_a_value_that_is_not_allowed_is_one_line_with_key_value_and_what_is_allowed(
@@ -134,6 +171,67 @@ def test_a_value_that_is_not_allowed_is_one_line_with_key_value_and_what_is_allo
     assert f"'{key}'" in line
     assert repr(value) in line
     assert allowed in line
+
+
+NO_NUMBERS = ["1_000", "+3", "２", "٣", "0x10", "010", "1e", "inf", "nan", "1,5", "--1", "1" * 5000]
+
+
+@pytest.mark.parametrize("text", NO_NUMBERS)
+@pytest.mark.parametrize("key", ["train.print_freq", "train.lr"])
+def test_only_ascii_literals_are_numbers_on_the_command_line_and_in_a_file(text: str, key: str, tmp_path: Path) -> None:
+    if (text, key) in (("010", "train.lr"), ("1" * 5000, "train.lr")):
+        return  # as a number with a fraction 010 is 10, and 5000 digits are infinite
+    file = tmp_path / "a.yaml"
+    group, leaf = key.split(".")
+    file.write_text(f"{group}:\n  {leaf}: {text}\n")
+    for merge in (
+        lambda: default_config().merge_from_list([key, text]),
+        lambda: default_config().merge_from_file(file),
+    ):
+        with pytest.raises(UserError, match=f"'{key}' is .*it must be") as error:
+            merge()
+        assert len(one_line(error)) < 300
+
+
+@pytest.mark.parametrize(("text", "value"), [("1e-3", 1e-3), (".5", 0.5), ("5.", 5.0), ("2", 2.0), ("1E2", 100.0)])
+def test_a_number_is_the_same_on_the_command_line_and_in_a_file(text: str, value: float, tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text(f"train: {{lr: {text}}}\n")
+    configs = [default_config(), default_config()]
+    configs[0].merge_from_list(["train.lr", text])
+    configs[1].merge_from_file(tmp_path / "a.yaml")
+    assert [config.train.lr for config in configs] == [value, value]
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("model.name", "x" * 100_000),
+        ("train.lr", ["x"] * 100_000),
+        ("x" * 100_000, "1"),
+        ("train.stepsize", "1 " * 9999),
+    ],
+)
+def test_a_value_of_thousands_of_letters_is_cut_in_the_message(key: str, value: object) -> None:
+    config = default_config()
+    with pytest.raises(UserError) as error:
+        config.merge_from_list([key, value])
+        config.validate()
+    assert len(one_line(error)) < 2000
+
+
+@pytest.mark.parametrize(
+    "key", ["data.root", "data.save_dir", "model.load_weights", "model.resume", "csalr.pretrained_weights"]
+)
+def test_a_tilde_in_a_path_is_the_home_folder(key: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "a.yaml").write_text(f"{key}: ~/d\n")
+    configs = [default_config() for _ in range(3)]
+    configs[0].merge_from_list([key, "~/d"])
+    configs[1].merge_from_file("~/a.yaml")
+    group, leaf = key.split(".")
+    configs[2][group][leaf] = "~/d"  # as the host's own script does
+    configs[2].validate()
+    assert [config.lookup(key) for config in configs] == [str(tmp_path / "d")] * 3
 
 
 @pytest.mark.parametrize(
@@ -174,6 +272,16 @@ def test_an_odd_number_of_overrides_names_the_key_without_a_value() -> None:
         ("a.yaml", "x: !!python/object/apply:os.system [echo]", "cannot be read as YAML"),
         ("a.yaml", "\x00\x01", "cannot be read as YAML"),
         ("a.py", "raise SystemExit('ran')", "must be a .yaml or .yml file"),
+        ("a.yaml", "train:\n  lr: &a [*a]\n", "line 2 cannot be read as YAML"),
+        ("a.yaml", "train: &a\n  lr: *a\n", "line 1 cannot be read as YAML"),
+        ("a.yaml", "a: " + "[" * 1000 + "]" * 1000, "nested too deeply"),
+        ("a.yaml", "train:\n  lr: 1\n  lr: 2\n", "line 3 cannot be read as YAML: key 'lr' is given twice"),
+        (
+            "a.yaml",
+            "train: {lr: 1}\nsgd: {momentum: 0}\ntrain: {gamma: 1}\n",
+            "line 3 cannot be read as YAML: key 'train'",
+        ),
+        ("a.yaml", "train: {lr: 1}\n---\ntrain: {lr: 2}\n", "but found another document"),
     ],
 )
 def test_a_file_that_is_no_yaml_mapping_is_one_line_and_runs_no_code(
@@ -185,6 +293,26 @@ def test_a_file_that_is_no_yaml_mapping_is_one_line_and_runs_no_code(
         default_config().merge_from_file(file)
     assert reason in one_line(error)
     assert str(file) in one_line(error)
+
+
+@pytest.mark.parametrize("content", ["train: {lr: 1}\nTRAIN: {LR: 2}\n", "train: {lr: 1}\ntrain.lr: 2\n"])
+def test_a_key_that_a_file_gives_twice_in_two_spellings_is_refused(content: str, tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text(content)
+    with pytest.raises(UserError, match=r"'train\.lr' and '.*' are the same key"):
+        default_config().merge_from_file(tmp_path / "a.yaml")
+
+
+@pytest.mark.parametrize("text", ["2024-13-45", "2024-02-30", "2024-02-03"])
+def test_a_date_in_a_file_is_text(text: str, tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text(f"data: {{save_dir: {text}}}\n")
+    config = default_config()
+    config.merge_from_file(tmp_path / "a.yaml")
+    assert config.data.save_dir == text
+
+
+def test_a_file_name_that_is_too_long_is_missing() -> None:
+    with pytest.raises(UserError, match="does not exist"):
+        find_config("x" * 300 + ".yaml")
 
 
 def test_a_file_with_a_mistyped_key_is_told_as_an_override_is(tmp_path: Path) -> None:
@@ -233,6 +361,21 @@ def test_a_relative_path_finds_the_plugins_own_copy_installed_or_in_a_checkout(
         (["data.sources", "market1510"], r"Did you mean 'market1501'"),
         (["data.targets", "nowhere"], r"'data\.targets' is 'nowhere'"),
         (["loss.name", "triplet", "train.batch_size", "4"], r"two identities"),
+        (["train.batch_size", "1"], r"'train\.batch_size' is 1; it must be at least 2: batch norm"),
+        (
+            ["train.batch_size", "3", "sampler.train_sampler", "RandomIdentitySampler"],
+            r"at least 4, the value of 'sampler\.num_instances'",
+        ),
+        (
+            ["train.batch_size", "9", "sampler.train_sampler", "RandomDomainSampler", "sampler.num_cams", "2"],
+            r"a multiple of 2, the value of 'sampler\.num_cams'",
+        ),
+        (["loss.name", "triplet", "loss.triplet.weight_t", "0"], r"'loss\.triplet\.weight_t' is 0\.0"),
+        (["loss.name", "triplet", "train.fixbase_epoch", "1"], r"'train\.fixbase_epoch' is 1; it must be 0"),
+        (["train.optim", "sgd", "sgd.nesterov", "True", "sgd.momentum", "0"], r"'sgd\.momentum' is 0\.0"),
+        (["train.optim", "sgd", "sgd.nesterov", "True", "sgd.dampening", "0.5"], r"'sgd\.dampening' is 0\.5"),
+        (["train.start_epoch", "3", "train.max_epoch", "1"], r"'train\.start_epoch' is 3; it must be less than .* 1"),
+        (["train.start_epoch", "3", "model.resume", "a.pth"], r"'train\.start_epoch' is 3; it must be 0 together with"),
     ],
 )
 def test_validate_tells_settings_that_do_not_go_together(overrides: list[str], complaint: str) -> None:
@@ -251,6 +394,34 @@ def test_validate_checks_what_code_has_set_too() -> None:
     config.csalr.stages = [3]
     config.validate()
     assert config.csalr.stages == (3,)
+
+
+def test_a_resumed_training_takes_the_settings_that_the_user_gives_and_the_rest_from_the_checkpoint() -> None:
+    saved = default_config()
+    saved.merge_from_list(["train.lr", 0.5, "train.gamma", 0.2, "csalr.landmarks", (6, 4), "data.root", "theirs"])
+    now, defaults = default_config(), default_config().leaves()
+    now.merge_from_list(["train.lr", 0.01, "csalr.landmarks", (12, 8)])
+    now.train.batch_size = 64  # set by a program
+    lines = now.take_over(recordable(saved.leaves()), training_keys(now), defaults, "Checkpoint 'x'")
+    assert lines == [
+        "train.lr 0.01: given now; 0.5 in the checkpoint",
+        "train.batch_size 64: given now; 32 in the checkpoint",
+        "train.gamma 0.2: from the checkpoint",
+        "csalr.landmarks (12, 8): given now; (6, 4) in the checkpoint",
+    ]
+    assert (now.train.lr, now.train.gamma, now.train.batch_size) == (0.01, 0.2, 64)
+    assert now.csalr.landmarks == (12, 8) and now.data.root == "reid-data"
+
+
+def test_a_recorded_setting_that_is_not_allowed_is_one_line_that_names_the_checkpoint() -> None:
+    config, defaults = default_config(), default_config().leaves()
+    with pytest.raises(UserError, match=r"Checkpoint 'x' records settings that are not allowed: .*'train\.lr'"):
+        config.take_over({"train.lr": -1.0}, training_keys(config), defaults, "Checkpoint 'x'")
+
+
+def test_what_a_checkpoint_records_as_settings_is_data_only() -> None:
+    assert recorded_settings({"settings": [1]}) == recorded_settings({}) == {}
+    assert recorded_settings({"settings": {"train.lr": 0.1, "a": object(), 3: 4}}) == {"train.lr": 0.1}
 
 
 def test_tables_name_existing_keys_and_every_keyword_of_the_host() -> None:

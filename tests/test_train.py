@@ -131,7 +131,7 @@ def test_a_checkpoint_of_another_architecture_is_refused_with_counts(
 ) -> None:
     path = tmp_path / "other.pth.tar-1"
     other = build_model("pcb_csa", 4, pretrained=False, stages=(3,))
-    torch.save({"state_dict": other.state_dict(), "epoch": 1}, path)
+    torch.save({"state_dict": dict(other.state_dict()), "epoch": 1}, path)  # it records no network settings
     line = refusal(capsys, *arguments(tiny_data, tmp_path / "log", key, path))
     assert re.search(r"\d+ (of the model's \d+ )?tensors", line) and "attention.stage3." in line
 

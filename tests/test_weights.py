@@ -1,7 +1,8 @@
-"""Weights from files: read as data, all of them or none, and every refusal in one line."""
+"""Checkpoints and pretrained weights: read as data, checked, loaded as a whole or refused in one line."""
 
 from __future__ import annotations
 
+import copy
 import io
 import os
 import pickle
@@ -19,7 +20,17 @@ from torch import Tensor, nn
 
 from csalr_plugin.errors import UserError
 from csalr_plugin.models import PCB, build_model
-from csalr_plugin.models.weights import load_backbone, load_weights, read_checkpoint, state_dict_of
+from csalr_plugin.models.weights import (
+    check_epoch,
+    check_optimizer_state,
+    check_values,
+    load_backbone,
+    load_exactly,
+    load_weights,
+    read_checkpoint,
+    record_network_settings,
+    state_dict_of,
+)
 
 SMALL = {"groups": 2, "landmarks": (3, 2)}
 
@@ -319,6 +330,244 @@ def test_one_attention_or_head_is_refused_by_another(saved: str, loaded: str, tm
     state = {key: torch.zeros(value.shape) for key, value in only_new(saved).state_dict().items()}
     torch.save({"state_dict": state}, tmp_path / "m.pth")
     assert "of another architecture" in refused(load_weights, only_new(loaded), tmp_path / "m.pth")
+
+
+# Network settings
+
+FOUR_GROUPS = {"head": "pcb", "attention": "csalr", "stages": (3,), "key_ratio": 0.25, "groups": 4, "landmarks": (6, 4)}
+
+
+def attended(seed: int = 0, **settings: Any) -> Toy:
+    """A toy model with attention and the network settings `FOUR_GROUPS`, updated by `settings`."""
+    model = toy(seed, attention=True)
+    record_network_settings(model, {**FOUR_GROUPS, **settings})
+    return model
+
+
+def saved_by(way: str, model: nn.Module, path: Path) -> None:
+    state = nn.DataParallel(model).state_dict() if way == "DataParallel" else model.state_dict()
+    key = {"torchreid": "state_dict", "DataParallel": "state_dict", "fast-reid": "model"}.get(way)
+    torch.save({key: state} if key else state, path)
+
+
+WAYS = ["torchreid", "DataParallel", "fast-reid", "bare"]
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(
+    ("settings", "complaint"),
+    [
+        ({"groups": 2}, "trained with groups 4, and this network has groups 2"),
+        ({"landmarks": (12, 8)}, "trained with landmarks 6,4, and this network has landmarks 12,8"),
+        ({"key_ratio": 0.5}, "key_ratio 0.25"),
+        ({"stages": (2,)}, "stages 3"),
+        ({"attention": "sa"}, "trained with attention csalr, and this network has attention sa"),
+    ],
+)
+def test_a_checkpoint_of_other_network_settings_is_refused_however_it_was_saved(
+    way: str, settings: dict[str, Any], complaint: str, tmp_path: Path
+) -> None:
+    saved_by(way, attended(1), tmp_path / "m.pth")
+    model = attended(2, **settings)
+    assert complaint in refused_and_unchanged(model, tmp_path / "m.pth")
+    assert complaint in refused(load_exactly, model, state_dict_of(read_checkpoint(tmp_path / "m.pth")), "m.pth")
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_checkpoint_of_the_same_network_settings_loads(way: str, tmp_path: Path) -> None:
+    saved, model = attended(1), attended(2)
+    saved_by(way, saved, tmp_path / "m.pth")
+    assert str(load_weights(model, tmp_path / "m.pth")) == "loaded 13 of 13 tensors"
+    assert same(model.state_dict(), saved.state_dict())
+
+
+def test_torchs_own_load_state_dict_refuses_other_network_settings() -> None:
+    assert "groups 4" in refused(attended(groups=2).load_state_dict, attended().state_dict())
+
+
+def test_a_checkpoint_without_network_settings_loads_and_says_so(tmp_path: Path) -> None:
+    torch.save(dict(attended(1).state_dict()), tmp_path / "m.pth")
+    assert "does not record its groups and landmarks" in str(load_weights(attended(2), tmp_path / "m.pth"))
+
+
+def test_network_settings_that_are_no_settings_are_refused(tmp_path: Path) -> None:
+    state = attended(1).state_dict()
+    state._metadata[""]["network_settings"] = "groups"
+    torch.save(state, tmp_path / "m.pth")
+    assert "its network settings are 'groups'" in refused_and_unchanged(attended(), tmp_path / "m.pth")
+
+
+@pytest.mark.parametrize(
+    ("name", "recorded"),
+    [
+        ("pcb", {"head": "pcb", "attention": "none"}),
+        ("pcb_sa", {"head": "pcb", "attention": "sa", "stages": (1, 2), "key_ratio": 0.5}),
+        (
+            "pcb_rpp_csalr",
+            {
+                "head": "pcb_rpp",
+                "attention": "csalr",
+                "stages": (1, 2),
+                "key_ratio": 0.5,
+                "groups": 4,
+                "landmarks": (6, 4),
+            },
+        ),
+    ],
+)
+def test_a_state_dict_records_the_settings_that_its_network_depends_on(name: str, recorded: dict[str, Any]) -> None:
+    with torch.device("meta"):
+        model = build_model(name, 3, pretrained=False, groups=4, landmarks=(6, 4), stages=(2, 1), key_ratio=0.5)
+    assert model.state_dict()._metadata[""]["network_settings"] == recorded
+    assert copy.deepcopy(model).state_dict()._metadata[""]["network_settings"] == recorded
+
+
+def test_sa_and_csalr_with_one_group_have_the_same_tensors_and_do_not_load_as_each_other() -> None:
+    with torch.device("meta"):
+        csalr, sa = (build_model(name, 3, pretrained=False, groups=1) for name in ("pcb_csalr", "pcb_sa"))
+    shapes = [{name: value.shape for name, value in model.state_dict().items()} for model in (csalr, sa)]
+    assert shapes[0] == shapes[1]
+    assert "attention sa" in refused(csalr.load_state_dict, sa.state_dict())
+    assert "attention csalr" in refused(sa.load_state_dict, csalr.state_dict())
+
+
+# Entries that no model can have
+
+
+def not_finite(value: Tensor) -> Tensor:
+    value = value.clone()
+    value.view(-1)[-1] = float("nan")
+    return value
+
+
+@pytest.mark.parametrize(
+    ("name", "spoil", "complaint"),
+    [
+        ("conv1.weight", lambda one: one.to(torch.complex64), "'conv1.weight' is of dtype torch.complex64"),
+        ("conv1.weight", lambda one: one.to(torch.int64), "is of dtype torch.int64"),
+        ("conv1.weight", lambda one: one > 0, "is of dtype torch.bool"),
+        ("conv1.weight", lambda one: one.to(torch.float8_e4m3fn), "is of dtype torch.float8_e4m3fn"),
+        ("conv1.weight", not_finite, "is not finite"),
+        ("conv1.weight", lambda one: one / 0, "is not finite"),
+        ("bn1.running_var", lambda one: -one, "'bn1.running_var' holds negative numbers"),
+        ("conv1.weight", lambda one: one.to_sparse(), "is a sparse tensor"),
+        ("conv1.weight", lambda one: torch.quantize_per_tensor(one, 0.1, 0, torch.qint8), "is a quantised tensor"),
+        ("conv1.weight", lambda one: one.to("meta"), "is a meta tensor"),
+        ("bn1.num_batches_tracked", lambda one: one.to(torch.complex64), "'bn1.num_batches_tracked' is of dtype"),
+    ],
+)
+def test_a_tensor_that_no_model_can_have_is_refused_by_name(
+    name: str, spoil: Callable[[Tensor], Tensor], complaint: str, tmp_path: Path
+) -> None:
+    state = toy(1).state_dict()
+    state[name] = spoil(state[name])
+    torch.save({"state_dict": state}, tmp_path / "m.pth")
+    assert complaint in refused_and_unchanged(toy(), tmp_path / "m.pth")
+    assert complaint in refused(load_exactly, toy(), state_dict_of(read_checkpoint(tmp_path / "m.pth")), "m.pth")
+
+
+def test_a_nested_tensor_is_refused() -> None:
+    state = {**toy(1).state_dict(), "conv1.weight": torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])}
+    assert "'conv1.weight' is a nested tensor" in refused(load_exactly, toy(), state, "m.pth")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_weights_of_another_floating_point_type_load(dtype: torch.dtype, tmp_path: Path) -> None:
+    torch.save({name: value.to(dtype) for name, value in toy(1).state_dict().items()}, tmp_path / "m.pth")
+    model = toy(2)
+    load_weights(model, tmp_path / "m.pth")
+    assert torch.equal(model.conv1.weight, toy(1).conv1.weight.to(dtype).float())
+
+
+def test_a_layer_name_of_a_million_letters_is_cut(tmp_path: Path) -> None:
+    torch.save({**toy(1).state_dict(), "x" * 1_000_000: torch.zeros(1)}, tmp_path / "m.pth")
+    assert len(refused_and_unchanged(toy(), tmp_path / "m.pth")) < 1000
+
+
+@pytest.mark.parametrize("epoch", [None, "3", -1, 2.5, True, float("nan"), 10**30, torch.ones(1)])
+def test_an_epoch_that_is_no_count_is_refused(epoch: Any) -> None:
+    assert "'epoch' is " in refused(check_epoch, {"epoch": epoch}, "m.pth")
+
+
+def test_a_checkpoint_without_an_epoch_is_refused() -> None:
+    assert "says no epoch" in refused(check_epoch, {}, "m.pth")
+    assert check_epoch({"epoch": np.int64(3)}, "m.pth") == 3
+
+
+def stepped(optimizer: str = "Adam") -> torch.optim.Optimizer:
+    """An optimizer of a toy model after one step."""
+    model = toy()
+    options = {"momentum": 0.9} if optimizer == "SGD" else {}
+    one: torch.optim.Optimizer = getattr(torch.optim, optimizer)(model.parameters(), lr=0.1, **options)
+    sum(value.sum() for value in model.parameters()).backward()  # type: ignore[union-attr]
+    one.step()
+    return one
+
+
+def set_in(tree: Any, path: tuple[Any, ...], value: Any) -> Any:
+    """A copy of nested dictionaries and lists with another value at `path`."""
+    if not path:
+        return value
+    changed = dict(tree) if isinstance(tree, dict) else list(tree)
+    changed[path[0]] = set_in(tree[path[0]], path[1:], value)
+    return changed
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "complaint"),
+    [
+        ((), [1], "'optimizer' is [1], not the state of an optimizer"),
+        ((), "adam", "not the state of an optimizer"),
+        (("param_groups",), [], "groups of [] tensors"),
+        (("param_groups", 0), "adam", "'optimizer.param_groups[0]' is 'adam'"),
+        (("param_groups", 0, "params"), [0], "groups of [1] tensors"),
+        (("param_groups", 0, "lr"), "0.1", "'optimizer.param_groups[0].lr' is '0.1', not a number"),
+        (("param_groups", 0, "lr"), float("nan"), "not a number"),
+        (("param_groups", 0, "lr"), -1.0, "less than 0"),
+        (("param_groups", 0, "betas"), (0.9,), "not a list of 2"),
+        (("state", 0), {"step": torch.tensor(1.0)}, "not the state of Adam"),
+        (("state", 0, "exp_avg"), torch.ones(7), "'optimizer.state[0].exp_avg' has shape (7,)"),
+        (("state", 0, "exp_avg"), torch.ones(4, 3, 1, 1) / 0, "is not finite"),
+        (("state", 0, "exp_avg_sq"), -torch.ones(4, 3, 1, 1), "holds negative numbers"),
+        (("state", 0, "exp_avg"), "much", "not a tensor or a number"),
+        (("state", 0, "step"), -1, "not a tensor or a number"),
+    ],
+)
+def test_an_optimizer_state_that_would_fail_in_the_next_step_is_refused(
+    path: tuple[Any, ...], value: Any, complaint: str
+) -> None:
+    optimizer = stepped()
+    assert complaint in refused(check_optimizer_state, optimizer, set_in(optimizer.state_dict(), path, value), "m.pth")
+
+
+def test_an_optimizer_state_of_an_unknown_parameter_is_refused() -> None:
+    saved = stepped().state_dict()
+    saved["state"][99] = saved["state"][0]
+    assert "belongs to no parameter" in refused(check_optimizer_state, stepped(), saved, "m.pth")
+
+
+@pytest.mark.parametrize("name", ["SGD", "Adam", "RMSprop", "AdamW"])
+def test_an_optimizer_s_own_state_passes_and_another_s_does_not(name: str) -> None:
+    check_optimizer_state(stepped(name), stepped(name).state_dict(), "m.pth")
+    other = stepped("SGD" if name != "SGD" else "Adam").state_dict()
+    assert f"not the state of {name}" in refused(check_optimizer_state, stepped(name), other, "m.pth")
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "complaint"),
+    [
+        ((), "state", "'scheduler' is 'state', not a dictionary"),
+        (("base_lrs",), [0.1, 0.1], "'scheduler.base_lrs' is [0.1, 0.1], not a list of 1"),
+        (("base_lrs", 0), None, "not a number"),
+        (("last_epoch",), 1.5, "not an integer"),
+        (("gamma",), float("inf"), "not a number"),
+        (("milestones",), [2], "not a dictionary"),
+    ],
+)
+def test_a_scheduler_state_of_other_types_is_refused(path: tuple[Any, ...], value: Any, complaint: str) -> None:
+    fresh = torch.optim.lr_scheduler.MultiStepLR(stepped(), [2]).state_dict()
+    check_values(fresh, fresh, "m.pth", "scheduler")
+    assert complaint in refused(check_values, set_in(fresh, path, value), fresh, "m.pth", "scheduler")
 
 
 # Backbones

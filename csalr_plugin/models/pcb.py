@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from csalr_plugin.attention import AttentionBlock, build_attention
 from csalr_plugin.errors import UserError
 from csalr_plugin.models import STAGE_CHANNELS
+from csalr_plugin.models.weights import record_network_settings
 
 
 def identity_classifier(channels: int, num_classes: int) -> nn.Linear:
@@ -74,7 +75,7 @@ class PCB(nn.Module):
         loss: "softmax" or "triplet": what `forward` returns in training mode.
         stages: stages of the ResNet, 1 to 4, that are followed by a block.
         parts: horizontal stripes.
-        settings: groups, landmarks and key_ratio of `csalr_plugin.attention.build_attention`.
+        groups, landmarks, key_ratio: see `csalr_plugin.attention.build_attention`. State dicts record them.
 
     Attributes:
         feature_dim: width of the embedding, parts * 2048.
@@ -87,6 +88,7 @@ class PCB(nn.Module):
     bn1: nn.BatchNorm2d
     relu: nn.ReLU
     maxpool: nn.MaxPool2d
+    network_settings: dict[str, Any]
 
     def __init__(
         self,
@@ -96,7 +98,9 @@ class PCB(nn.Module):
         loss: str = "softmax",
         stages: Sequence[int] = (1, 2, 3),
         parts: int = 6,
-        **settings: Any,
+        groups: int = 2,
+        landmarks: Sequence[int] = (12, 8),
+        key_ratio: float = 0.25,
     ) -> None:
         super().__init__()
         if loss not in ("softmax", "triplet"):
@@ -113,12 +117,19 @@ class PCB(nn.Module):
         for name in ("conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3", "layer4"):
             self.add_module(name, getattr(resnet, name))
         attended = sorted(stages) if attention != "none" else []
+        settings: dict[str, Any] = {"groups": groups, "landmarks": landmarks, "key_ratio": key_ratio}
         self.attention = nn.ModuleDict(
             {f"stage{stage}": build_attention(attention, STAGE_CHANNELS[stage], **settings) for stage in attended}
         )
         self.supervision = nn.ModuleDict(
             {f"stage{stage}": Supervision(STAGE_CHANNELS[stage], num_classes) for stage in attended}
         )
+        network: dict[str, Any] = {"head": "pcb", "attention": attention}
+        if attended:
+            network |= {"stages": tuple(attended), "key_ratio": float(key_ratio)}
+        if attention in ("csa", "csalr"):
+            network |= {"groups": groups, "landmarks": tuple(landmarks)}
+        record_network_settings(self, network)
         self.dropout = nn.Dropout(0.5)
         reduced = 256
         self.conv5 = PartReduction(STAGE_CHANNELS[4], reduced)
@@ -185,6 +196,7 @@ class RefinedPCB(PCB):
 
     def __init__(self, num_classes: int, **options: Any) -> None:
         super().__init__(num_classes, **options)
+        self.network_settings["head"] = "pcb_rpp"
         self.refining = True
         self.part_classifier = nn.Conv2d(STAGE_CHANNELS[4], self.parts, 1)
         nn.init.normal_(self.part_classifier.weight, std=0.001)

@@ -1,20 +1,19 @@
-"""torchreid's configuration with the plugin's node beside it: any case, checked, one line an error."""
+"""torchreid's configuration and the plugin's node `csalr`: keys in any case, every value checked."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 import csalr_plugin
-from csalr_plugin.errors import UserError, suggest
+from csalr_plugin.errors import UserError, shown, suggest
 from csalr_plugin.hosts import keys
-from csalr_plugin.hosts.config import CheckedConfig
-from csalr_plugin.hosts.keys import Check, integer, list_of, number, one_of
+from csalr_plugin.hosts.config import CheckedConfig, read_yaml
+from csalr_plugin.hosts.keys import MANY, PATH, TEXT, Check, integer, list_of, number, one_of
 
-# The keys and defaults of the host's scripts/default_config.py, which its PyPI package leaves out.
+# The keys and defaults of the host's scripts/default_config.py, which its PyPI package does not contain.
 HOST_DEFAULTS: dict[str, Any] = {
     "use_gpu": True,
     "model": {"name": "resnet50", "pretrained": True, "load_weights": "", "resume": ""},
@@ -93,38 +92,72 @@ _SAMPLER = one_of(
     "RandomDatasetSampler",
 )
 
-# What the host's own keys may be, where their type alone says too little. The host finds most of these
-# out late, after hours of training (ranks), or never (a mistyped transform is ignored).
+
+def _parse_period(value: Any) -> int:
+    period: int = integer(-1, MANY).parse(value)
+    if period == 0:
+        raise ValueError
+    return period
+
+
+_ONE_VIEW = Check("1: torchreid's engines train on one view of an image", integer(1, 1).parse)
+_PERIOD = Check("-1, which evaluates after the last epoch alone, or an integer of at least 1", _parse_period)
+
+# Allowed values of the host's own keys whose type alone says too little. The host finds most of these mistakes late,
+# after hours of training (ranks), or never (it ignores a mistyped transform).
 HOST_CHECKS: dict[str, Check] = {
+    "model.load_weights": PATH,
+    "model.resume": PATH,
     "data.type": one_of("image", "video"),
-    "data.workers": integer(0),
-    "data.height": integer(1),
-    "data.width": integer(1),
-    "data.k_tfm": integer(1),
+    "data.root": PATH,
+    "data.sources": list_of(TEXT, least=1),
+    "data.targets": list_of(TEXT, least=1),
+    "data.workers": integer(0, 1000),
+    "data.split_id": integer(0, MANY),
+    "data.height": integer(1, 10_000),
+    "data.width": integer(1, 10_000),
+    "data.k_tfm": _ONE_VIEW,
+    "data.norm_mean": list_of(number(), 3),
+    "data.norm_std": list_of(number(above=0), 3),
+    "data.save_dir": PATH,
     "data.transforms": list_of(one_of("random_flip", "random_crop", "random_patch", "color_jitter", "random_erase")),
     "sampler.train_sampler": _SAMPLER,
     "sampler.train_sampler_t": _SAMPLER,
-    "sampler.num_instances": integer(1),
+    "sampler.num_instances": integer(1, MANY),
+    "sampler.num_cams": integer(1, MANY),
+    "sampler.num_datasets": integer(1, MANY),
+    "video.seq_len": integer(1, MANY),
     "video.sample_method": one_of("evenly", "random", "all"),
     "video.pooling_method": one_of("avg", "max"),
     "train.optim": one_of("adam", "amsgrad", "sgd", "rmsprop", "radam"),
     "train.lr": number(above=0),
     "train.weight_decay": number(0),
-    "train.max_epoch": integer(0),
-    "train.start_epoch": integer(0),
-    "train.batch_size": integer(1),
-    "train.fixbase_epoch": integer(0),
+    "train.max_epoch": integer(1, MANY),
+    "train.start_epoch": integer(0, MANY),
+    "train.batch_size": integer(1, MANY),
+    "train.fixbase_epoch": integer(0, MANY),
+    "train.open_layers": list_of(TEXT, least=1),
     "train.base_lr_mult": number(0),
     "train.lr_scheduler": one_of("single_step", "multi_step", "cosine"),
-    "train.stepsize": list_of(integer(1)),
-    "train.gamma": number(above=0),
-    "train.print_freq": integer(1),
-    "train.seed": integer(0),
+    "train.stepsize": list_of(integer(1, MANY), least=1),
+    "train.gamma": number(high=1, above=0),
+    "train.print_freq": integer(1, MANY),
+    "train.seed": integer(0, 2**32 - 1),  # NumPy's range
+    "sgd.momentum": number(0, below=1),
+    "sgd.dampening": number(0, 1),
+    "rmsprop.alpha": number(above=0, below=1),
+    "adam.beta1": number(0, below=1),
+    "adam.beta2": number(0, below=1),
     "loss.name": one_of("softmax", "triplet"),
-    "test.batch_size": integer(1),
+    "loss.triplet.margin": number(0),
+    "loss.triplet.weight_t": number(0),
+    "loss.triplet.weight_x": number(0),
+    "test.batch_size": integer(1, MANY),
     "test.dist_metric": one_of("euclidean", "cosine"),
-    "test.ranks": list_of(integer(1, 50)),
-    "test.visrank_topk": integer(1),
+    "test.ranks": list_of(integer(1, 50), least=1),
+    "test.eval_freq": _PERIOD,
+    "test.start_eval": integer(0, MANY),
+    "test.visrank_topk": integer(1, MANY),
 }
 
 
@@ -132,7 +165,7 @@ def _below(node: str, *names: str) -> dict[str, str]:
     return {name: f"{node}.{name}" for name in names}
 
 
-# Keyword arguments of the host's functions, and the key that each is read from.
+# Keyword arguments of the host's functions, and the config key of each.
 _DATA = {
     **_below("data", "root", "sources", "targets", "height", "width", "transforms", "norm_mean", "norm_std"),
     **_below("data", "split_id", "combineall", "workers"),
@@ -171,33 +204,33 @@ ENGINE_RUN = {
 
 
 class Config(CheckedConfig):
-    """torchreid's settings, all in small letters, and the plugin's node `csalr`.
+    """torchreid's settings, all in lower case, and the plugin's node `csalr`.
 
-    Every merge checks type and range at once; `validate` checks what needs several keys, or the host.
+    Every merge checks type and range; `validate` checks combinations of keys, and names against the host's registries.
     """
 
     def in_case(self, key: str) -> str:
-        """Return `key` in small letters."""
+        """Return `key` in lower case."""
         return key.lower()
 
     def checked(self, key: str, value: Any, current: Any) -> Any:
-        """Return `value` as the key's own check, or else the type that it has now, takes it."""
+        """Return `value` as parsed by the check of `key`, or by the type of `current` for a key without a check."""
         return _check_for(key.lower(), current)(key, value)
 
     def merge_from_file(self, cfg_filename: str | Path) -> None:
-        """Merge a YAML file: a path as it stands, or one below ``configs/`` of the plugin.
+        """Merge a YAML file: the path itself, or one below ``configs/`` of the plugin.
 
         Raises:
             UserError: for a file that is missing, not YAML or not a mapping, and as `merge_from_list`.
         """
-        self.merge_from_other_cfg(_read_yaml(find_config(cfg_filename)))
+        self.merge_from_other_cfg(read_yaml(find_config(cfg_filename)))
 
     def keyword_arguments(self, table: Mapping[str, str]) -> dict[str, Any]:
         """Return the keyword arguments that one of this module's tables describes."""
         return {name: self.lookup(key) for name, key in table.items()}
 
     def validate(self) -> None:
-        """Check every setting alone, against the others, and names against the host's registries.
+        """Check every setting alone, combinations of settings, and names against the host's registries.
 
         Raises:
             UserError: for the first setting that is not allowed, or when torchreid is not installed.
@@ -207,16 +240,11 @@ class Config(CheckedConfig):
         settings = self.leaves()
         ours = self.csalr
         keys.check_groups(ours.groups, ours.key_ratio, ours.stages)
+        _check_combinations(settings)
         self._check_names(settings)
-        if settings["loss.name"] == "triplet" and settings["train.batch_size"] < 2 * settings["sampler.num_instances"]:
-            raise UserError(
-                f"config key 'train.batch_size' is {settings['train.batch_size']}; it must be at least "
-                f"{2 * settings['sampler.num_instances']}, twice 'sampler.num_instances': the triplet loss "
-                "needs two identities in a batch."
-            )
 
     def _check_names(self, settings: Mapping[str, Any]) -> None:
-        # Imported late: a mistyped key is told before torch is loaded.
+        # Imported late, so that a mistyped key is reported before torch is loaded.
         from csalr_plugin.hosts.torchreid import dataset_names, model_registry
 
         models = tuple(model_registry())
@@ -229,11 +257,53 @@ class Config(CheckedConfig):
                     raise UserError(_unknown(key, name, datasets))
 
 
+def _check_combinations(settings: Mapping[str, Any]) -> None:
+    """Check settings that the host refuses by an assertion, or that make it train on nothing.
+
+    Raises:
+        UserError: for the first combination that is not allowed.
+    """
+    batch, instances = settings["train.batch_size"], settings["sampler.num_instances"]
+    sampler, triplet = settings["sampler.train_sampler"], settings["loss.name"] == "triplet"
+
+    def refuse(key: str, must: str) -> None:
+        raise UserError(f"config key '{key}' is {shown(settings[key])}; it must be {must}.")
+
+    if settings["data.type"] == "image" and batch < 2:
+        refuse("train.batch_size", "at least 2: batch norm needs two images in training")
+    if (triplet or sampler == "RandomIdentitySampler") and batch < instances:
+        refuse("train.batch_size", f"at least {instances}, the value of 'sampler.num_instances'")
+    if triplet and batch < 2 * instances:
+        two = f"{2 * instances}, twice 'sampler.num_instances'"
+        refuse("train.batch_size", f"at least {two}: the triplet loss needs two identities in a batch")
+    for name, key in (("RandomDomainSampler", "sampler.num_cams"), ("RandomDatasetSampler", "sampler.num_datasets")):
+        if sampler == name and batch % settings[key]:
+            refuse("train.batch_size", f"a multiple of {settings[key]}, the value of '{key}'")
+    if triplet and settings["loss.triplet.weight_t"] + settings["loss.triplet.weight_x"] == 0:
+        refuse("loss.triplet.weight_t", "greater than 0 where 'loss.triplet.weight_x' is 0")
+    if triplet and settings["loss.triplet.weight_x"] == 0 and settings["train.fixbase_epoch"]:
+        refuse(
+            "train.fixbase_epoch", "0 where 'loss.triplet.weight_x' is 0: the loss does not depend on the classifier"
+        )
+    if settings["train.optim"] == "sgd" and settings["sgd.nesterov"]:
+        if settings["sgd.momentum"] == 0:
+            refuse("sgd.momentum", "greater than 0 where 'sgd.nesterov' is True")
+        if settings["sgd.dampening"]:
+            refuse("sgd.dampening", "0 where 'sgd.nesterov' is True")
+    if settings["test.visrank"] and not settings["test.evaluate"]:
+        refuse("test.visrank", "False, unless test.evaluate True is given: only an evaluation draws ranked results")
+    resumes, start, last = settings["model.resume"], settings["train.start_epoch"], settings["train.max_epoch"]
+    if resumes and start:
+        refuse("train.start_epoch", "0 together with 'model.resume', whose checkpoint says how many epochs are done")
+    if start >= last and not settings["test.evaluate"]:
+        refuse("train.start_epoch", f"less than 'train.max_epoch', {last}, or no epoch is trained")
+
+
 _OUR_CHECKS = {f"csalr.{key.name}": key.check for key in keys.KEYS}
 
 
 def _check_for(key: str, current: Any) -> Check:
-    """The table's check, or else the type that the key has now."""
+    """Return the check of `key` from the tables, or else one for the type of `current`."""
     return _OUR_CHECKS.get(key) or HOST_CHECKS.get(key) or _check_type(current)
 
 
@@ -245,27 +315,51 @@ def _check_type(current: Any) -> Check:
     if isinstance(current, float):
         return number()
     if isinstance(current, (list, tuple)):
-        return list_of(_check_type(current[0]) if current else keys.TEXT)
-    return keys.TEXT
+        return list_of(_check_type(current[0]) if current else TEXT)
+    return TEXT
 
 
 def _unknown(key: str, name: str, allowed: Sequence[str]) -> str:
-    return f"config key '{key}' is '{name}'; it must be one of {', '.join(allowed)}.{suggest(name, allowed)}"
+    return f"config key '{key}' is {shown(name)}; it must be one of {', '.join(allowed)}.{suggest(name, allowed)}"
+
+
+# Settings that describe a run and not the training: its machine, its folders, its purpose. A checkpoint does not set
+# them when a training is resumed.
+_OF_THE_RUN = {
+    "use_gpu",
+    "model.load_weights",
+    "model.pretrained",
+    "model.resume",
+    "data.root",
+    "data.save_dir",
+    "data.workers",
+    "train.start_epoch",
+    "test.evaluate",
+    "test.visrank",
+    "csalr.pretrained_weights",
+    "csalr.compile",
+    "csalr.overwrite",
+}
+
+
+def training_keys(config: Config) -> list[str]:
+    """Return the settings that a resumed training takes from its checkpoint where the user gives none."""
+    return [key for key in config.leaves() if key not in _OF_THE_RUN]
 
 
 def find_config(path: str | Path) -> Path:
-    """Return the file that `path` names: as it stands, else the plugin's own copy below ``configs/``.
+    """Return the file that `path` names: the path itself, or else the plugin's own file below ``configs/``.
 
     Raises:
         UserError: there is no such file; the message lists the plugin's own.
     """
-    given = Path(path)
-    if given.is_file():
+    given = Path(path).expanduser()
+    if os.path.isfile(given):  # False also for a name that is too long
         return given
     own = _own_configs()
     name = given.as_posix()
     for root in own:
-        if given.parts[:1] == ("configs",) and (root / Path(*given.parts[1:])).is_file():
+        if given.parts[:1] == ("configs",) and os.path.isfile(root / Path(*given.parts[1:])):
             return root / Path(*given.parts[1:])
     found = sorted({f"configs/{file.relative_to(root).as_posix()}" for root in own for file in root.rglob("*.yaml")})
     hint = suggest(name, found) or (f" The plugin's own: {', '.join(found)}." if found else "")
@@ -273,30 +367,14 @@ def find_config(path: str | Path) -> Path:
 
 
 def _own_configs() -> list[Path]:
-    """Folders of the plugin's own configs: in an installed package, in a source checkout."""
+    """Return the folders of the plugin's own configs: of an installed package and of a source checkout."""
     package = Path(csalr_plugin.__file__).resolve().parent
     folders = (package / "configs", package.parent / "configs")
     return [folder for folder in folders if (folder / "torchreid").is_dir()]
 
 
-def _read_yaml(path: Path) -> Mapping[str, Any]:
-    # yacs would run a .py file; no file that a user gives runs code.
-    if path.suffix.lower() not in (".yaml", ".yml"):
-        raise UserError(f"config file '{path}' must be a .yaml or .yml file.")
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f", line {mark.line + 1}" if mark else ""
-        reason = getattr(error, "problem", None) or getattr(error, "strerror", None) or "not text"
-        raise UserError(f"config file '{path}'{where} cannot be read as YAML: {reason}.") from None
-    if not isinstance(content, Mapping):
-        raise UserError(f"config file '{path}' must hold a mapping of config keys, such as 'model: {{name: pcb}}'.")
-    return content
-
-
 def default_config() -> Config:
-    """Return torchreid's whole schema with its defaults, and the plugin's node `csalr`."""
+    """Return all of torchreid's settings with their defaults, and the plugin's node `csalr`."""
     return with_plugin_keys(HOST_DEFAULTS)
 
 
@@ -313,12 +391,12 @@ _active: Config | None = None
 
 
 def active_config() -> Config:
-    """Return the config that models are built with: the one set last, else the default settings."""
+    """Return the config that models are built with: the one that was set last, or else the default settings."""
     return default_config() if _active is None else _active
 
 
 def set_active_config(config: Config | None) -> Config | None:
-    """Set the config that the registry builds models with, None for the defaults; return the one before."""
+    """Set the config that the registry builds models with, None for the defaults; return the previous one."""
     global _active
     previous, _active = _active, config
     return previous
