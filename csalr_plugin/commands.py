@@ -10,8 +10,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from csalr_plugin.command_line import Parser, positive
 from csalr_plugin.errors import SharedError, UserError, suggest
-from csalr_plugin.hosts.torchreid.arguments import Parser
 from csalr_plugin.version import __version__
 
 _DESCRIPTION = "SA, CSA and CSALR attention for person re-identification, inside torchreid or fast-reid."
@@ -132,7 +132,7 @@ def _models(argv: Sequence[str]) -> None:
         ("width", 128, "image width"),
         ("num-classes", 751, "training identities"),
     ):
-        parser.add_argument(f"--{name}", type=_positive, default=default, metavar="N", help=f"{what} ({default})")
+        parser.add_argument(f"--{name}", type=positive, default=default, metavar="N", help=f"{what} ({default})")
     given = parser.parse_args(argv)
 
     import torch
@@ -153,15 +153,6 @@ def _models(argv: Sequence[str]) -> None:
     print(f"\nfor images of {given.height}x{given.width} and {given.num_classes} identities; the settings:\n")
     settings = [(f"csalr.{key.name}", _as_typed(key.default), key.comment) for key in KEYS]
     print(tabulate(settings, ("key", "default", "what it is"), disable_numparse=True))
-
-
-def _positive(text: str) -> int:
-    if (number := int(text)) < 1:
-        raise ValueError
-    return number
-
-
-_positive.__name__ = "positive integer"  # argparse puts it in its message
 
 
 def _as_typed(value: object) -> str:

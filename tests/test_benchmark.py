@@ -262,7 +262,7 @@ def test_samples_know_the_compiled_passes_that_they_were_measured_with(
     codes = set()
     for text in ("one", "two"):
         source.write_text(text)
-        codes.add(harness.versions()["code"])
+        codes.add(harness.code_digest())
     assert len(codes) == 2
 
 

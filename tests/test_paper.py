@@ -19,7 +19,10 @@ import torch
 from filelock import FileLock
 
 from csalr_plugin.commands import main
-from csalr_plugin.projects.paper import study
+from csalr_plugin.files import write_json
+from csalr_plugin.projects.paper import plan
+from csalr_plugin.projects.paper.folder import COST, RESULT, RUN, STUDY, epochs_done
+from csalr_plugin.version import __version__
 
 # Typed from the paper: Table 1, R-1 R-5 R-10 mAP on Market-1501, DukeMTMC-reID, CUHK03-NP; _ where it has none.
 TABLE1 = """
@@ -77,7 +80,7 @@ def cells(out: Path) -> dict[tuple[str, str, str, str], dict[str, Any]]:
 
 
 def test_table_1_s_rows_hold_every_number_of_the_paper() -> None:
-    rows = study.paper()["tables"]["table1"]["rows"]
+    rows = plan.paper()["tables"]["table1"]["rows"]
     typed = [re.split(r"\s{2,}|(?<=[A-Za-z])\s(?=[\d_])", line, maxsplit=1) for line in TABLE1.strip().splitlines()]
     assert [row["name"] for row in rows] == [name for name, _ in typed]
     for row, (_, line) in zip(rows, typed, strict=True):
@@ -88,26 +91,26 @@ def test_table_1_s_rows_hold_every_number_of_the_paper() -> None:
 
 
 def test_the_rows_of_tables_2_to_4_hold_every_number_of_the_paper_and_the_setting_that_they_vary() -> None:
-    rows = [(table, row) for table in ("table2", "table3", "table4") for row in study.paper()["tables"][table]["rows"]]
+    rows = [(table, row) for table in ("table2", "table3", "table4") for row in plan.paper()["tables"][table]["rows"]]
     typed = [line.split() for line in OTHERS.strip().splitlines()]
     for (table, row), (wanted, key, value, *values) in zip(rows, typed, strict=True):
         assert table == wanted
-        setting = study.paper()["runs"][row["run"]][key]
+        setting = plan.paper()["runs"][row["run"]][key]
         assert ("x".join(map(str, setting)) if isinstance(setting, list) else str(setting)) == value
         assert row["market1501"] + row["dukemtmcreid"] == numbers(values)
 
 
 def test_table_5_s_rows_hold_every_number_of_the_paper() -> None:
-    assert tuple(tuple(row["paper"]) for row in study.paper()["costs"]["rows"]) == TABLE5
+    assert tuple(tuple(row["paper"]) for row in plan.paper()["costs"]["rows"]) == TABLE5
 
 
 def test_the_full_preset_is_the_paper_s_settings_and_deviates_in_nothing_on_the_paper_s_data(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     counts = {"identities": 751, "training": 12936, "query": 3368, "gallery": 15913}
-    monkeypatch.setattr(study, "dataset_counts", lambda name, root: counts)
-    options = study.Options("all", tmp_path / "out", root=tmp_path, preset="full")
-    for run in study.plan(options):
+    monkeypatch.setattr(plan, "dataset_counts", lambda name, root: counts)
+    options = plan.Options("all", tmp_path / "out", root=tmp_path, preset="full")
+    for run in plan.plan(options):
         config = run.config
         assert (config.data.height, config.data.width, config.data.transforms) == (384, 128, ["random_flip"])
         train = config.train
@@ -118,16 +121,14 @@ def test_the_full_preset_is_the_paper_s_settings_and_deviates_in_nothing_on_the_
         assert config.csalr.supervision_weight == 1.0 and config.csalr.rpp.pcb_epochs == 40
         assert not config.cuhk03.labeled_images and not config.cuhk03.classic_split
         assert run.deviations == ()
-    other = study.plan(
-        study.Options("table1", tmp_path / "out", tmp_path, preset="full", overrides=("train.lr", "0.05"))
-    )
+    other = plan.plan(plan.Options("table1", tmp_path / "out", tmp_path, preset="full", overrides=("train.lr", "0.05")))
     assert other[0].deviations == ("train.lr 0.05 (paper: 0.1)",)
 
 
 def test_all_tables_share_their_runs() -> None:
-    names = study.run_names("all")
+    names = plan.run_names("all")
     assert len(names) == len(set(names)) == 16
-    assert study.run_names("table4") == ("pcb", "pcb_csalr-stage-1", "pcb_csalr-stages-2-3", "pcb_csalr")
+    assert plan.run_names("table4") == ("pcb", "pcb_csalr-stage-1", "pcb_csalr-stages-2-3", "pcb_csalr")
 
 
 def test_the_smoke_of_every_table_ends_in_a_report_that_marks_each_number_and_fills_in_nothing(tmp_path: Path) -> None:
@@ -188,7 +189,7 @@ def test_a_study_killed_in_the_middle_of_a_row_ends_with_the_table_of_an_undistu
         time.sleep(0.02)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-    assert study.epochs_done(folder) == 1 and not (folder / "result.json").exists()
+    assert epochs_done(folder) == 1 and not (folder / "result.json").exists()
     assert main(words(killed)) == 0
     assert main(words(undisturbed)) == 0
     assert cells(killed) == cells(undisturbed)
@@ -232,11 +233,11 @@ def test_several_seeds_give_mean_and_standard_deviation_and_say_what_is_not_done
         about = {"name": "pcb", "dataset": "market1501", "seed": seed, "epochs": 9, "deviations": [], "command": "c"}
         settings = {"model.name": "pcb", "csalr.groups": 2, "csalr.landmarks": [12, 8], "csalr.stages": [1]}
         settings |= {"csalr.key_ratio": 0.25, "data": counts, "data.height": 64, "data.width": 32}
-        study.write_json(folder / study.RUN, {**about, "settings": settings})
+        write_json(folder / RUN, {**about, "settings": settings})
         if score is not None:
             result = {"results": {"mAP": score, "rank-1": score}, "versions": {"torch": "2"}, "machine": "m"}
-            study.write_json(folder / study.RESULT, result)
-    study.write_json(out / study.STUDY, {"version": study.__version__, "preset": "full"})
+            write_json(folder / RESULT, result)
+    write_json(out / STUDY, {"version": __version__, "preset": "full"})
     assert main(["reproduce", "table1", "--out", str(out), "--report"]) == 0
     one = cells(out)["table1", "PCB", "market1501", "mAP"]
     assert (one["ours"], one["seeds"], one["papers_settings"]) == (pytest.approx(55.0), 2, True)
@@ -249,28 +250,28 @@ def test_several_seeds_give_mean_and_standard_deviation_and_say_what_is_not_done
 def begun(tiny_data: Path, tmp_path: Path) -> Iterator[tuple[Path, list[str]]]:
     """A study's folder with a training in it, and the words that go on with it; it stays as it is."""
     out = tmp_path / "study"
-    options = study.Options("table1", out, tiny_data, preset="smoke", only=("pcb",))
-    (run,) = study.plan(options)
+    options = plan.Options("table1", out, tiny_data, preset="smoke", only=("pcb",))
+    (run,) = plan.plan(options)
     (run.folder / "model").mkdir(parents=True)
     (run.folder / "model/model.pth.tar-1").write_bytes(b"trained for a week")
-    study.write_json(out / study.STUDY, {"version": study.__version__, "preset": "smoke"})
-    study.write_json(run.folder / study.RUN, {"settings": run.settings})
+    write_json(out / STUDY, {"version": __version__, "preset": "smoke"})
+    write_json(run.folder / RUN, {"settings": run.settings})
     before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
     yield (
         out,
         ["reproduce", "table1", "--root", str(tiny_data), "--preset", "smoke", "--only", "pcb", "--out", str(out)],
     )
     after = {path: path.read_bytes() for path in out.rglob("*") if path.is_file() and path.name != ".lock"}
-    assert after.items() >= {key: value for key, value in before.items() if key.name != study.STUDY}.items()
+    assert after.items() >= {key: value for key, value in before.items() if key.name != STUDY}.items()
 
 
 def test_a_folder_of_another_version_is_left_alone(
     begun: tuple[Path, list[str]], capsys: pytest.CaptureFixture[str]
 ) -> None:
     out, words = begun
-    study.write_json(out / study.STUDY, {"version": "0.0.9", "preset": "smoke"})
+    write_json(out / STUDY, {"version": "0.0.9", "preset": "smoke"})
     line = refusal(capsys, *words)
-    assert "0.0.9" in line and study.__version__ in line and "another" in line
+    assert "0.0.9" in line and __version__ in line and "another" in line
 
 
 @pytest.mark.parametrize(
@@ -345,7 +346,7 @@ def test_a_folder_with_something_else_in_it_is_left_alone(
 ) -> None:
     (tmp_path / "thesis.tex").write_text("mine")
     words = ("table1", "--preset", "smoke", "--root", tiny_data, "--out", tmp_path)
-    assert "holds something that is no study" in refusal(capsys, "reproduce", *words)
+    assert "holds files that belong to no study" in refusal(capsys, "reproduce", *words)
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
 
@@ -528,8 +529,8 @@ def test_table_5_is_taken_from_the_bench_with_the_change_from_pcb_beside_the_pap
         for name, size, speed in (("pcb", 100.0, 50.0), ("csalr-2", 125.0, 40.0))
     }
     bench = {"settings": {"height": 384, "rows": ["pcb"]}, "machine": {"cpu": "a CPU"}, "summary": summary}
-    study.write_json(out / study.COST, bench)
-    study.write_json(out / study.STUDY, {"version": study.__version__, "preset": "full"})
+    write_json(out / COST, bench)
+    write_json(out / STUDY, {"version": __version__, "preset": "full"})
     assert main(["reproduce", "table5", "--out", str(out), "--report"]) == 0
     text = (out / "report.md").read_text()
     (line,) = (line for line in text.splitlines() if line.startswith("| PCB + CSALR, 2 groups"))

@@ -17,6 +17,7 @@ from torch import nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from csalr_plugin.command_line import positive
 from csalr_plugin.errors import UserError, suggest
 from csalr_plugin.models import STAGE_CHANNELS, build_model
 from csalr_plugin.models.cost import count_gmacs, count_kept_bytes, count_parameters
@@ -39,7 +40,6 @@ from .harness import (
     as_percent,
     change,
     peak_bytes,
-    positive,
     prepare,
     pyplot,
     seconds,

@@ -8,7 +8,6 @@ import hashlib
 import json
 import math
 import os
-import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,26 +20,18 @@ from tabulate import tabulate
 from tqdm import tqdm
 
 import csalr_plugin
+from csalr_plugin.command_line import positive
 from csalr_plugin.errors import UserError
 from csalr_plugin.files import make_writable_folder, write_json
 from csalr_plugin.hosts.training import keep_freed_memory
-from csalr_plugin.version import __version__
+
+from ..environment import machine, versions
 
 # A median of fewer rounds says little; `--quick` may have fewer, to try things out.
 FEWEST_REPEATS = 5
 TOO_LARGE = "spread too large"
 # One round of a case: what was measured, by name, in seconds.
 Sample = dict[str, float]
-
-
-def positive(text: str) -> int:
-    """A positive integer, for argparse."""
-    if (number := int(text)) < 1:
-        raise ValueError
-    return number
-
-
-positive.__name__ = "positive integer"  # argparse puts it in its message
 
 
 def add_common_arguments(parser: argparse.ArgumentParser) -> None:
@@ -75,48 +66,13 @@ def prepare(options: argparse.Namespace) -> torch.device:
     return torch.device(options.device)
 
 
-def machine(device: torch.device) -> dict[str, Any]:
-    """What the study runs on."""
-    found: dict[str, Any] = {
-        "cpu": _cpu_name(),
-        "cores": os.cpu_count(),
-        "memory_gb": round(total_memory(torch.device("cpu")) / 1e9, 1),
-        "system": f"{platform.system()} {platform.machine()}",
-    }
-    if device.type == "cuda":
-        found |= {"gpu": torch.cuda.get_device_name(device), "gpu_memory_gb": round(total_memory(device) / 1e9, 1)}
-    return found
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
-
-
-def total_memory(device: torch.device) -> int:
-    """Bytes of memory that the device has."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-
-
-def versions() -> dict[str, str | None]:
-    """Versions of what is measured, and a digest of the project's own code: samples of two codes never mix."""
+def code_digest() -> str:
+    """Return a digest of the project's own code: samples of different code never mix."""
     digest = hashlib.sha256()
     folders = (Path(csalr_plugin.__file__).parent, Path(__file__).parent)
     for path in sorted(path for folder in folders for kind in ("*.py", "*.cpp") for path in folder.rglob(kind)):
         digest.update(path.read_bytes())
-    return {
-        "csalr_plugin": __version__,
-        "code": digest.hexdigest()[:12],
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "cuda": torch.version.cuda,
-    }
+    return digest.hexdigest()[:12]
 
 
 class Results:
@@ -142,8 +98,8 @@ class Results:
         self.identity = {
             "study": study,
             "settings": json.loads(json.dumps(settings)),
-            "machine": machine(device),
-            "versions": versions(),
+            "machine": machine(),
+            "versions": {**versions(), "code": code_digest()},
         }
         self.counts: dict[str, dict[str, Any]] = {}
         self.rounds: list[dict[str, Sample]] = []

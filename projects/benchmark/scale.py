@@ -20,9 +20,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from csalr_plugin.attention import AttentionBlock, build_attention
+from csalr_plugin.command_line import positive
 from csalr_plugin.errors import UserError
 from csalr_plugin.models.cost import kept_bytes
 
+from ..environment import total_memory
 from .harness import (
     Results,
     Sample,
@@ -31,11 +33,9 @@ from .harness import (
     alternate,
     fit_exponent,
     peak_bytes,
-    positive,
     prepare,
     pyplot,
     seconds,
-    total_memory,
     write_report,
 )
 

@@ -21,6 +21,7 @@ from tabulate import tabulate
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from csalr_plugin.command_line import positive
 from csalr_plugin.errors import UserError, suggest
 from csalr_plugin.models import MODEL_NAMES
 from csalr_plugin.models.cost import count_gmacs, count_parameters
@@ -31,7 +32,6 @@ from .harness import (
     Statistic,
     add_common_arguments,
     alternate,
-    positive,
     prepare,
     pyplot,
     seconds,

@@ -24,22 +24,24 @@ from csalr_plugin.attention import AttentionBlock, CompressedSelfAttention, Land
 from csalr_plugin.attention.csalr import CSALR
 from csalr_plugin.attention.maps import (
     Maps,
-    block_inputs,
     csalr_map,
     full_map,
     maps_of,
     pooled_key_map,
     queries_and_keys,
 )
+from csalr_plugin.command_line import Parser
 from csalr_plugin.errors import UserError
 from csalr_plugin.files import write_json
-from csalr_plugin.hosts.torchreid.arguments import Parser, config_from_arguments, parse_arguments
+from csalr_plugin.hosts.torchreid.arguments import config_from_arguments, parse_arguments
 from csalr_plugin.hosts.torchreid.compat import read_image
 from csalr_plugin.hosts.torchreid.config import Config
 from csalr_plugin.models import build_model
+from csalr_plugin.models.inspect import block_inputs
 from csalr_plugin.models.weights import load_weights
 
-from .study import HERE, newest_checkpoint, read_dataset, split_overrides
+from .folder import newest_checkpoint
+from .plan import HERE, read_dataset, split_overrides
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt

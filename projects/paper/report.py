@@ -22,7 +22,8 @@ from csalr_plugin.files import write_json
 from csalr_plugin.hosts.torchreid.monitor import METRICS, read_metrics
 
 from .attention_maps import reconstruction_table
-from .study import CONSOLE, COST, RESULT, RUN, STUDY, epochs_done, paper, read_json
+from .folder import CONSOLE, COST, RESULT, RUN, STUDY, epochs_done, read_json
+from .plan import paper
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -439,12 +440,8 @@ def _trainings(trained: Sequence[Trained]) -> Section:
     header = ("training", "seed", "state", "minutes", "L_F at the end", "sum L_DS", "gates alpha, by stage")
     section.table(header, rows)
     finished = [run for run in trained if run.result]
-    versions = dict.fromkeys(
-        ", ".join(f"{name} {number}" for name, number in run.result["versions"].items())
-        for run in finished
-        if run.result
-    )
-    machines = dict.fromkeys(run.result["machine"] for run in finished if run.result)
+    versions = dict.fromkeys(_plain(run.result["versions"]) for run in finished if run.result)
+    machines = dict.fromkeys(_plain(run.result["machine"]) for run in finished if run.result)
     section.text("Versions: " + ("; ".join(versions) or "no training is done"))
     section.text("Machine: " + ("; ".join(machines) or "no training is done"))
     section.text("Each training alone:")

@@ -26,7 +26,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from csalr_plugin.attention.batch_norm import synchronise, world_size
-from csalr_plugin.errors import UserError
+from csalr_plugin.errors import UserError, first_line
 from csalr_plugin.hosts.data import decode_all
 from csalr_plugin.hosts.distributed import gathered, is_lost, one_first, share_buffers, together
 from csalr_plugin.hosts.fastreid.config import IDENTITY_SAMPLERS, validate
@@ -316,10 +316,9 @@ def check_data(cfg: CfgNode) -> None:
                 "gallery": dataset.gallery if name in cfg.DATASETS.TESTS else None,
             }
         except (RuntimeError, OSError, AssertionError, ValueError, IndexError) as error:
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise UserError(
-                f"FASTREID_DATASETS '{_root()}': dataset {name} cannot be read ({reason}); put the images where "
-                "fast-reid's handler looks for them, for Market1501 in "
+                f"FASTREID_DATASETS '{_root()}': dataset {name} cannot be read ({first_line(error)}); put the "
+                "images where fast-reid's handler looks for them, for Market1501 in "
                 "ROOT/Market-1501-v15.09.15/{bounding_box_train,query,bounding_box_test}."
             ) from error
         for subset, items in images.items():

@@ -6,8 +6,8 @@ import argparse
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import NoReturn
 
+from csalr_plugin.command_line import Parser
 from csalr_plugin.errors import UserError, suggest
 from csalr_plugin.hosts.torchreid.config import Config, default_config
 
@@ -28,14 +28,6 @@ class Arguments:
     transforms: list[str] = field(default_factory=list)
     root: str = ""
     overrides: list[str] = field(default_factory=list)
-
-
-class Parser(argparse.ArgumentParser):
-    """An argument parser whose mistakes are a `UserError`."""
-
-    def error(self, message: str) -> NoReturn:
-        """Raise a UserError in place of printing the usage and exiting."""
-        raise UserError(f"{message}; see {self.prog} --help.")
 
 
 def parse_arguments(argv: Sequence[str], prog: str) -> Arguments:

@@ -15,9 +15,10 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.tensorboard.writer import SummaryWriter
 
-from csalr_plugin.attention.maps import block_inputs, maps_of
+from csalr_plugin.attention.maps import maps_of
 from csalr_plugin.hosts import distributed
 from csalr_plugin.models import PCB, recipe
+from csalr_plugin.models.inspect import block_inputs
 
 METRICS = "metrics.jsonl"
 _MOST_EMBEDDINGS = 1000  # in the projector, which is a page in a browser

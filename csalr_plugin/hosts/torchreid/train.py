@@ -18,7 +18,7 @@ from filelock import FileLock, Timeout
 from torch import nn
 
 from csalr_plugin.attention.batch_norm import synchronise
-from csalr_plugin.errors import UserError
+from csalr_plugin.errors import UserError, first_line
 from csalr_plugin.files import make_writable_folder
 from csalr_plugin.hosts import distributed
 from csalr_plugin.hosts.data import decode_all
@@ -132,11 +132,11 @@ def _data_message(config: Config, error: Exception) -> str:
     root = Path(config.data.root)
     empty = [folder for folder, *content in os.walk(root) if not any(content) and folder != str(root)]
     if isinstance(error, OSError) and not empty:
-        what = f"is not there and cannot be downloaded ({str(error).splitlines()[0]})"
+        what = f"is not there and cannot be downloaded ({first_line(error)})"
     elif empty:
         what = f"has an empty folder, {empty[0]!r}"
     else:
-        what = f"cannot be read ({(str(error).splitlines() or [type(error).__name__])[0]})"
+        what = f"cannot be read ({first_line(error)})"
     return (
         f"data.root {str(root)!r}: dataset {names} {what}; put the images where torchreid's handler looks for "
         "them, for market1501 in ROOT/market1501/Market-1501-v15.09.15/{bounding_box_train,query,bounding_box_test}."
@@ -193,7 +193,7 @@ def build_model(
     try:
         model: nn.Module = _build_host_model(name, num_classes, loss, pretrained, use_gpu)
     except (OSError, gdown.exceptions.FileURLRetrievalError) as error:  # OSError: urllib's and requests' errors are
-        reason = (str(getattr(error, "reason", error)).strip().splitlines() or [type(error).__name__])[0]
+        reason = first_line(getattr(error, "reason", error))
         raise UserError(
             f"ImageNet weights of {name!r} cannot be downloaded ({reason}): start from random weights with "
             "model.pretrained False, or from a checkpoint with model.load_weights."
