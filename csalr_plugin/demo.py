@@ -1,10 +1,9 @@
-"""The demo: makes its data, trains pcb_csalr on it through a host, and shows what training brought."""
+"""The demo: draws a data set, trains pcb_csalr on it through a host, and prints the accuracy before and after."""
 
 from __future__ import annotations
 
 import argparse
 import importlib
-import os
 import time
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -12,6 +11,7 @@ from typing import Any, TypeAlias
 from tabulate import tabulate
 
 from csalr_plugin.demo_data import FOLDER, make_demo_data
+from csalr_plugin.hosts.folder import PREFIX, file_stem
 
 CONFIG = "configs/torchreid/pcb_demo_64x32_adam.yaml"
 FASTREID_CONFIG = "pcb_demo_64x32_adam.yml"
@@ -31,11 +31,11 @@ def run_demo(out: Path, seed: int = 0, host: str = "torchreid") -> Results:
         Results "before" and "after" training: mAP, "rank-1", "rank-5", "rank-10", from 0 to 1.
 
     Raises:
-        UserError: when `out` cannot be written or holds something else, or the host is not installed.
+        UserError: `out` cannot be written or holds something else, or the host is not installed.
     """
-    importlib.import_module(f"csalr_plugin.hosts.{host}")  # that it is missing is told before the data are drawn
+    importlib.import_module(f"csalr_plugin.hosts.{host}")  # a missing host is an error before the data are drawn
     started = time.monotonic()
-    data = make_demo_data(out / "data", seed=seed)
+    data = f"{PREFIX}{make_demo_data(out / 'data', seed=seed) / FOLDER}"
     number = 1
     while (run := out / f"run-{number}").exists():
         number += 1
@@ -50,27 +50,27 @@ def run_demo(out: Path, seed: int = 0, host: str = "torchreid") -> Results:
     return results
 
 
-def _in_torchreid(data: Path, run: Path, seed: int) -> tuple[Results, dict[str, Any]]:
+def _in_torchreid(data: str, run: Path, seed: int) -> tuple[Results, dict[str, Any]]:
     from csalr_plugin.hosts.torchreid.config import Config, default_config
     from csalr_plugin.hosts.torchreid.train import train
 
     def config(folder: Path, *overrides: Any) -> Config:
         settings = default_config()
         settings.merge_from_file(CONFIG)
-        settings.merge_from_list(["data.root", str(data), "data.save_dir", str(folder), "train.seed", seed])
+        settings.merge_from_list(["data.sources", [data], "data.targets", [data]])
+        settings.merge_from_list(["data.save_dir", str(folder), "train.seed", seed])
         settings.merge_from_list(list(overrides))
         return settings
 
-    (target,) = config(run).data.targets
-    results = {"before": train(config(run / "before", "test.evaluate", True))[target]}
+    results = {"before": train(config(run / "before", "test.evaluate", True))[data]}
     train(config(run))
     checkpoint = run / "model" / f"model.pth.tar-{config(run).train.max_epoch}"
     show = ("test.evaluate", True, "test.visrank", True, "model.load_weights", str(checkpoint))
-    results["after"] = train(config(run / "after", *show))[target]
-    return results, {"checkpoint": checkpoint, "ranked results": run / "after" / f"visrank_{target}"}
+    results["after"] = train(config(run / "after", *show))[data]
+    return results, {"checkpoint": checkpoint, "ranked results": run / "after" / f"visrank_{file_stem(data)}"}
 
 
-def _in_fastreid(data: Path, run: Path, seed: int) -> tuple[Results, dict[str, Any]]:
+def _in_fastreid(data: str, run: Path, seed: int) -> tuple[Results, dict[str, Any]]:
     from csalr_plugin.hosts.fastreid import Trainer, add_csalr_config
     from csalr_plugin.hosts.fastreid.config import own_config
 
@@ -79,10 +79,10 @@ def _in_fastreid(data: Path, run: Path, seed: int) -> tuple[Results, dict[str, A
     from fastreid.engine import default_setup
     from fastreid.utils.env import seed_all_rng
 
-    os.environ["FASTREID_DATASETS"] = str(data / FOLDER.parent)  # fast-reid's handler looks one folder deeper
     cfg = get_cfg()
     add_csalr_config(cfg)
     cfg.merge_from_file(own_config(FASTREID_CONFIG))
+    cfg.DATASETS.NAMES = cfg.DATASETS.TESTS = (data,)
     cfg.OUTPUT_DIR = str(run)
     default_setup(cfg, argparse.Namespace())
     seed_all_rng(seed)

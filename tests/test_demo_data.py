@@ -231,13 +231,6 @@ def test_of_two_builds_at_once_the_second_takes_the_firsts_set(tmp_path: Path, m
     assert b"of the second" not in contents(tmp_path).values()
 
 
-@pytest.mark.parametrize("name", ["run-3_c1", "set[1]"])
-def test_a_path_that_the_host_would_misread_is_refused(tmp_path: Path, name: str) -> None:
-    with pytest.raises(UserError, match="misread"):
-        make_demo_data(tmp_path / name, **TINY)
-    assert not (tmp_path / name).exists()
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -22,15 +22,10 @@ from csalr_plugin.errors import UserError
 from csalr_plugin.hosts.torchreid import engine as engine_module
 from csalr_plugin.hosts.torchreid import register
 from csalr_plugin.hosts.torchreid.config import OPTIMIZER, Config, default_config, set_active_config
+from csalr_plugin.hosts.torchreid.datasets import build_datamanager
 from csalr_plugin.hosts.torchreid.engine import keep_autocast_in_threads
 from csalr_plugin.hosts.torchreid.optimizer import build_optimizer
-from csalr_plugin.hosts.torchreid.train import (
-    build_datamanager,
-    build_engine,
-    build_network,
-    resume_from_checkpoint,
-    train,
-)
+from csalr_plugin.hosts.torchreid.train import build_engine, build_network, resume_from_checkpoint, train
 from csalr_plugin.models import build_model
 from csalr_plugin.models.recipe import WarmUp
 from csalr_plugin.models.weights import read_checkpoint

@@ -190,9 +190,12 @@ def test_an_image_that_does_not_decode_is_named_before_training(
     for folder in ("bounding_box_train", "query", "bounding_box_test"):
         place = tmp_path / "Market-1501-v15.09.15" / folder
         place.mkdir(parents=True)
-        (place / "0002_c1s1_000451_03.jpg").write_bytes(b"no image")
+        for name in ("0002_c1s1_000451_03.jpg", "0007_c2s1_000451_03.jpg", "0002_c2s1_000451_03.jpg"):
+            (place / name).write_bytes(b"no image")
     monkeypatch.setenv("FASTREID_DATASETS", str(tmp_path))
-    with pytest.raises(UserError, match=r"image '.*0002_c1s1_000451_03.jpg' cannot be read \(it is no image\)"):
+    with pytest.raises(
+        UserError, match=r"image '.*0002_c1s1_000451_03.jpg' cannot be read \(the content is not an image\)"
+    ):
         plugin.Trainer(settings())
 
 

@@ -1,46 +1,136 @@
-"""Images that do not decode and galleries that are small: what both hosts stumble over."""
+"""Data sets of both hosts: file names, checks before training, and the ranking of small galleries."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+import re
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
-from tqdm import tqdm
 
 from csalr_plugin.errors import UserError
+from csalr_plugin.hosts.images import is_image_name
 
-UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
-"""What PIL raises for a file that is missing or does not decode."""
-
-
-def unreadable(path: str, error: BaseException) -> UserError:
-    """Return the one line about an image that PIL raised `error`, one of `UNREADABLE`, for."""
-    reason = getattr(error, "strerror", None) or str(error)
-    if isinstance(error, UnidentifiedImageError):  # whose text is the path again
-        reason = "it is no image"
-    return UserError(f"image '{path}' cannot be read ({reason}); replace it, or remove it from the dataset.")
+OWN_LAYOUT = "or lay the images out as your own data set, folder:PATH (README, 'Your own images')"
 
 
-def decode_all(paths: Collection[str], read_image: Callable[[str], object]) -> None:
-    """Decode every image once, before training starts rather than hours into it.
+class NameRule(NamedTuple):
+    """The form of a data set's file names, and the ranges of the two numbers in it."""
+
+    pattern: re.Pattern[str]  # group 1: identity, group 2: camera
+    example: str
+    identities: range  # -1 marks an image that the data set itself declares as unusable
+    cameras: range
+
+
+_IDENTITY_AND_CAMERA = re.compile(r"(-?\d+)_c(\d+)", re.ASCII)
+MARKET1501 = NameRule(_IDENTITY_AND_CAMERA, "0002_c1s1_000451_03.jpg", range(-1, 1502), range(1, 7))
+DUKEMTMC = NameRule(_IDENTITY_AND_CAMERA, "0002_c1_f0044158.jpg", range(10_000), range(1, 9))
+VERI = NameRule(_IDENTITY_AND_CAMERA, "0002_c002_00030600_0.jpg", range(-1, 777), range(1, 21))
+CUHK_SYSU = NameRule(re.compile(r"p(-?\d+)_s(\d+)", re.ASCII), "p1_s1_1.jpg", range(1_000_000), range(1_000_000))
+
+
+def named_images(folder: str | Path, rule: NameRule) -> list[tuple[str, int, int]]:
+    """List the images of one folder of a host's data set; their names say whose they are.
+
+    The hosts' own handlers search the whole path, so a folder called "exp2_c1" would give every image its identity
+    and camera; they read one digit of the camera, find nothing below a folder with "[" in its name, and take *.jpg
+    alone.
+
+    Returns:
+        Path, identity and camera as in the name, ordered by identity, then by name. Images of identity -1 are left out.
 
     Raises:
-        UserError: the first one that `read_image` raises.
+        UserError: the folder has no images, or an image's name has another form or a number out of range.
     """
+    folder = Path(folder)
+    names = sorted(file.name for file in folder.iterdir() if file.is_file() and not file.name.startswith("."))
+    images = [name for name in names if is_image_name(name)]
+    if not images:
+        raise UserError(_why_empty(folder, names))
+    found = []
+    for name in images:
+        match = rule.pattern.search(name)
+        if match is None:
+            raise UserError(
+                f"image '{folder / name}': its name does not say identity and camera; name it like {rule.example}, "
+                f"{OWN_LAYOUT}."
+            )
+        identity, camera = int(match[1]), int(match[2])
+        for word, number, allowed in (("identity", identity, rule.identities), ("camera", camera, rule.cameras)):
+            if number not in allowed:
+                raise UserError(
+                    f"image '{folder / name}': its name says {word} {number}, and this data set has "
+                    f"{max(allowed.start, 0)} to {allowed.stop - 1}; rename it, {OWN_LAYOUT}."
+                )
+        if identity != -1:
+            found.append((str(folder / name), identity, camera))
+    return sorted(found, key=lambda item: (item[1], item[0]))
 
-    def decode(path: str) -> None:
-        read_image(path)
 
-    with ThreadPoolExecutor() as pool:
-        for _ in tqdm(pool.map(decode, paths), total=len(paths), desc="Checking images", unit="", mininterval=2.0):
-            pass
+def _why_empty(folder: Path, names: Sequence[str]) -> str:
+    below = next((file for file in folder.rglob("*") if file.is_file() and is_image_name(file.name)), None)
+    if below is not None:
+        return (
+            f"folder '{folder}' has its images in sub-folders, such as '{below.relative_to(folder)}', where the host "
+            f"does not look; move them into the folder itself, {OWN_LAYOUT}."
+        )
+    if names:
+        return (
+            f"folder '{folder}' has {len(names)} files and none of an image type, such as '{names[0]}'; put JPEG or "
+            "PNG images there."
+        )
+    return f"folder '{folder}' is empty; put the images of the data set there."
+
+
+def check_training(names: Sequence[str], identities: int) -> None:
+    """Check that the training images of the data sets `names` have two identities or more.
+
+    Raises:
+        UserError: they do not, so that every prediction is right and the network learns nothing.
+    """
+    if identities < 2:
+        raise UserError(
+            f"all training images of {', '.join(names)} are of one identity; training needs two or more: check the "
+            "file names, or add images of other people."
+        )
+
+
+def check_evaluation(name: str, query: Sequence[Any], gallery: Sequence[Any]) -> None:
+    """Check that at least one query of data set `name` has a match: its identity, from another camera.
+
+    Args:
+        name: of the data set.
+        query, gallery: tuples that begin with path, identity, camera.
+
+    Raises:
+        UserError: there is nothing to rank; otherwise that is found at the first evaluation, after training.
+    """
+    for subset, items in (("query", query), ("gallery", gallery)):
+        if not items:
+            raise UserError(f"dataset {name} has no {subset} images, so it cannot be evaluated; add some.")
+    cameras = defaultdict(set)
+    for _, identity, camera, *_ in gallery:
+        cameras[identity].add(camera)
+    if any(cameras.get(identity, set()) - {camera} for _, identity, camera, *_ in query):
+        return
+    all_cameras = {camera for _, _, camera, *_ in (*query, *gallery)}
+    if not any(identity in cameras for _, identity, *_ in query):
+        reason = f"none of the {len({item[1] for item in query})} query identities is in the gallery"
+    elif len(all_cameras) == 1:
+        reason = "all query and gallery images are from one camera"
+    else:
+        reason = "no query has a gallery image of its identity from another camera"
+    raise UserError(
+        f"dataset {name} cannot be evaluated: {reason}, and a query matches images of its identity from other cameras "
+        "only; check identities and cameras, or leave the cameras out (README, 'Your own images')."
+    )
 
 
 def padded(evaluate: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a host's `evaluate_rank` for galleries of any size; both hosts' has the same arguments."""
+    """Return a host's `evaluate_rank` for galleries of any size; the arguments are the same in both hosts."""
 
     def evaluate_rank(
         distmat: Any,
@@ -55,16 +145,19 @@ def padded(evaluate: Callable[..., Any]) -> Callable[..., Any]:
         # The cuhk03 metric counts identities.
         left = len(np.unique(g_pids)) - 1 if use_metric_cuhk03 else fewest_left(g_pids, g_camids)
         if (missing := max_rank - left) > 0:
-            # Strangers at an infinite distance: no match comes after them, so no precision changes.
-            strangers = max(np.max(q_pids), np.max(g_pids)) + 1 + np.arange(missing)
+            # Other identities at an infinite distance: no match comes after them, so no precision changes.
+            others = max(np.max(q_pids), np.max(g_pids)) + 1 + np.arange(missing)
             distmat = np.pad(distmat, ((0, 0), (0, missing)), constant_values=np.inf)
-            g_pids, g_camids = np.append(g_pids, strangers), np.append(g_camids, np.zeros_like(strangers))
+            g_pids, g_camids = np.append(g_pids, others), np.append(g_camids, np.zeros_like(others))
         return evaluate(distmat, q_pids, g_pids, q_camids, g_camids, max_rank, use_metric_cuhk03, use_cython)
 
     return evaluate_rank
 
 
 def fewest_left(gallery_ids: Any, gallery_cameras: Any) -> int:
-    """How many gallery images a query has at the least, leaving out its own identity in its own camera."""
+    """Return the fewest gallery images that a query is ranked against.
+
+    A query leaves out the images of its own identity in its own camera.
+    """
     pairs = np.unique([gallery_ids, gallery_cameras], axis=1, return_counts=True)
     return len(gallery_ids) - int(pairs[1].max())

@@ -33,8 +33,8 @@ from csalr_plugin.attention.maps import (
 from csalr_plugin.command_line import Parser
 from csalr_plugin.errors import UserError
 from csalr_plugin.files import write_json
+from csalr_plugin.hosts.images import read_image
 from csalr_plugin.hosts.torchreid.arguments import config_from_arguments, parse_arguments
-from csalr_plugin.hosts.torchreid.compat import read_image
 from csalr_plugin.hosts.torchreid.config import Config
 from csalr_plugin.models import build_model
 from csalr_plugin.models.inspect import block_inputs

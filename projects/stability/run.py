@@ -30,8 +30,9 @@ from tqdm import tqdm
 from csalr_plugin.errors import UserError
 from csalr_plugin.hosts.torchreid import register
 from csalr_plugin.hosts.torchreid.config import LR_SCHEDULER, OPTIMIZER, Config, default_config, set_active_config
+from csalr_plugin.hosts.torchreid.datasets import build_datamanager
 from csalr_plugin.hosts.torchreid.optimizer import build_optimizer
-from csalr_plugin.hosts.torchreid.train import build_datamanager, build_engine
+from csalr_plugin.hosts.torchreid.train import build_engine
 from csalr_plugin.models.weights import read_checkpoint, state_dict_of
 
 # PCB with two seeds: the noise that the others are judged by.

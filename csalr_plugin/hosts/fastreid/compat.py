@@ -10,18 +10,23 @@ import collections.abc
 import importlib
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
+from PIL import Image
 from torch.utils.data import DataLoader
+from torchvision.transforms import InterpolationMode, RandomResizedCrop, Resize
 
 from csalr_plugin.errors import UserError
-from csalr_plugin.hosts.data import UNREADABLE, padded, unreadable
-from csalr_plugin.models import PCB
+from csalr_plugin.hosts.data import CUHK_SYSU, DUKEMTMC, MARKET1501, VERI, NameRule, named_images, padded
+from csalr_plugin.hosts.folder import is_own, read_own
+from csalr_plugin.hosts.images import read_image
+from csalr_plugin.models import MODEL_NAMES, PCB
 from csalr_plugin.models.weights import load_state, mismatches, read_checkpoint, state_dict_of
 
 INSTALL = "pip install 'csalr-plugin[fastreid]' && pip install --no-deps fastreid==1.4.0"
@@ -79,7 +84,10 @@ def apply() -> None:
         rank_without_a_compiler,
         rank_small_galleries,
         rerank_without_cuda,
-        refuse_unreadable_images,
+        read_every_image_mode,
+        resize_alike,
+        read_file_names,
+        find_own_data,
         read_weights_only,
         print_short_trainings,
         launch_without_cuda,
@@ -181,19 +189,75 @@ def rerank_without_cuda() -> None:
     compute_dist.compute_jaccard_distance = compute_jaccard_distance  # type: ignore[attr-defined]
 
 
-def refuse_unreadable_images() -> None:
-    """Name the image that does not decode, in one line."""
-    data_utils = _module("data.data_utils")
-    read = data_utils.read_image
+def read_every_image_mode() -> None:
+    """Read images with the reader of both hosts.
 
-    def read_image(file_name: str, format: str | None = None) -> Any:
-        try:
-            return read(file_name, format)
-        except UNREADABLE as error:
-            raise unreadable(str(file_name), error) from None
+    fast-reid takes palette indices for grey values, and passes transparency on to the network, which is an error.
+    """
 
-    for module in (data_utils, _module("data.common")):
-        module.read_image = read_image  # type: ignore[attr-defined]
+    def read(file_name: str, format: str | None = None) -> Image.Image:
+        image = read_image(_module("utils.file_io").PathManager.get_local_path(file_name))
+        if format == "BGR":
+            return Image.merge("RGB", image.split()[::-1])
+        return image if format in (None, "RGB") else image.convert(format)
+
+    for module in (_module("data.data_utils"), _module("data.common")):
+        module.read_image = read  # type: ignore[attr-defined]
+
+
+def resize_alike() -> None:
+    """Resize images for the plugin's models with torchreid's bilinear filter; fast-reid's is bicubic.
+
+    So the same file gives the same embedding in both hosts. It is the bilinear filter for torchreid's extractor and
+    torchvision's default have it too. fast-reid's own models keep the filter that their weights were trained with.
+    """
+    build = _module("data.build")
+    host_transforms = build.build_transforms
+
+    def build_transforms(cfg: Any, is_train: bool = True) -> Any:
+        transforms = host_transforms(cfg, is_train)
+        for transform in transforms.transforms if cfg.MODEL.META_ARCHITECTURE in MODEL_NAMES else ():
+            if isinstance(transform, (Resize, RandomResizedCrop)):
+                transform.interpolation = InterpolationMode.BILINEAR
+        return transforms
+
+    build.build_transforms = build_transforms  # type: ignore[attr-defined]
+
+
+def read_file_names() -> None:
+    """Find identity and camera in an image's own name, in the handlers that search the whole path for them."""
+    datasets = _module("data.datasets")
+    for name, rule in (("Market1501", MARKET1501), ("DukeMTMC", DUKEMTMC), ("VeRi", VERI), ("cuhkSYSU", CUHK_SYSU)):
+        getattr(datasets, name).process_dir = _process_dir(rule)
+
+
+def _process_dir(rule: NameRule) -> Callable[..., list[tuple[str, Any, Any]]]:
+    """Return a handler's `process_dir` for file names of this form."""
+
+    def process_dir(self: Any, dir_path: str, is_train: bool = True) -> list[tuple[str, Any, Any]]:
+        images = named_images(dir_path, rule)
+        # In the file names of CUHK-SYSU the second number is no camera.
+        numbered = [(path, one, 0 if rule is CUHK_SYSU else camera - 1) for path, one, camera in images]
+        if not is_train:
+            return numbered
+        return [(path, f"{self.dataset_name}_{one}", f"{self.dataset_name}_{camera}") for path, one, camera in numbered]
+
+    return process_dir
+
+
+def find_own_data() -> None:
+    """Take ``folder:PATH`` for the name of a data set."""
+    registry = _module("data.datasets").DATASET_REGISTRY
+    registry_get = registry.get
+
+    def get(name: str) -> Any:
+        if not is_own(name):
+            return registry_get(name)
+        from csalr_plugin.hosts.fastreid.datasets import OwnDataset
+
+        return partial(OwnDataset, read_own(name))
+
+    registry.get = get
 
 
 def read_weights_only() -> None:

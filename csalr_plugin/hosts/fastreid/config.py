@@ -18,6 +18,7 @@ from csalr_plugin.attention.batch_norm import world_size
 from csalr_plugin.errors import UserError, suggest
 from csalr_plugin.hosts import keys
 from csalr_plugin.hosts.config import CheckedConfig
+from csalr_plugin.hosts.folder import is_own
 from csalr_plugin.hosts.keys import integer, list_of, number, one_of
 from csalr_plugin.models import MODEL_NAMES
 
@@ -155,7 +156,8 @@ def validate(cfg: CfgNode) -> None:
     _check_name("SOLVER.OPT", cfg.SOLVER.OPT, tuple(sorted({*optimizers} - {"Optimizer"})))
     for key in ("NAMES", "TESTS"):
         for name in cfg.DATASETS[key]:
-            _check_name(f"DATASETS.{key}", name, tuple(DATASET_REGISTRY._obj_map))
+            if not is_own(name):
+                _check_name(f"DATASETS.{key}", name, (*DATASET_REGISTRY._obj_map, "folder:PATH"))
     for key, (only, reason) in _LEFT_TO_THE_HOST.items():
         value: Any = ours
         for part in key.split("."):
@@ -179,7 +181,7 @@ def validate(cfg: CfgNode) -> None:
         )
     _check_shares(cfg, world_size())
     root = Path(os.environ.get("FASTREID_DATASETS", "datasets"))
-    if not root.is_dir():
+    if not all(is_own(name) for name in (*cfg.DATASETS.NAMES, *cfg.DATASETS.TESTS)) and not root.is_dir():
         raise UserError(
             f"dataset root '{root}' is not a folder: set the environment variable FASTREID_DATASETS to the folder that "
             "holds the datasets."

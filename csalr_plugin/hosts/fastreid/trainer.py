@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
 import signal
 import sys
 import warnings
@@ -16,8 +15,6 @@ from typing import Any
 import torch
 from fastreid.config import CfgNode
 from fastreid.data import build as host_data
-from fastreid.data import data_utils
-from fastreid.data.datasets import DATASET_REGISTRY
 from fastreid.engine import DefaultTrainer, defaults
 from fastreid.engine.train_loop import HookBase
 from fastreid.solver import build_optimizer
@@ -26,10 +23,10 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from csalr_plugin.attention.batch_norm import synchronise, world_size
-from csalr_plugin.errors import UserError, first_line
-from csalr_plugin.hosts.data import decode_all
+from csalr_plugin.errors import UserError
 from csalr_plugin.hosts.distributed import gathered, is_lost, one_first, share_buffers, together
 from csalr_plugin.hosts.fastreid.config import IDENTITY_SAMPLERS, validate
+from csalr_plugin.hosts.fastreid.datasets import check_data, data_root
 from csalr_plugin.hosts.fastreid.launch import gone
 from csalr_plugin.hosts.script import replaced
 from csalr_plugin.hosts.training import keep_freed_memory, unwrapped
@@ -75,7 +72,7 @@ class Trainer(DefaultTrainer):  # type: ignore[misc]  # fast-reid carries no typ
         Raises:
             UserError: the training images do not fill one batch, or their identities one of an identity sampler's.
         """
-        host_data._root = _root()
+        host_data._root = data_root()
         loader = super().build_train_loader(cfg)
         if len(loader.dataset) < cfg.SOLVER.IMS_PER_BATCH:
             raise UserError(
@@ -94,7 +91,7 @@ class Trainer(DefaultTrainer):  # type: ignore[misc]  # fast-reid carries no typ
     @classmethod
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> Any:
         """The host's loader, from the dataset root that the environment names now, not when it was imported."""
-        host_data._root = _root()
+        host_data._root = data_root()
         return super().build_test_loader(cfg, dataset_name)
 
     @classmethod
@@ -294,39 +291,6 @@ class RefinedParts(HookBase):  # type: ignore[misc]
             opened = not alone or name == "part_classifier"
             child.train(opened)
             child.requires_grad_(opened)
-
-
-def _root() -> str:
-    return os.environ.get("FASTREID_DATASETS", "datasets")
-
-
-def check_data(cfg: CfgNode) -> None:
-    """Check that every dataset is there, and decode its images once, before training starts.
-
-    Raises:
-        UserError: for a dataset that is missing or empty, or an image that does not decode.
-    """
-    paths: dict[str, None] = {}
-    for name in dict.fromkeys([*cfg.DATASETS.NAMES, *cfg.DATASETS.TESTS]):
-        try:
-            dataset = DATASET_REGISTRY.get(name)(root=_root())
-            images = {
-                "training": dataset.train if name in cfg.DATASETS.NAMES else None,
-                "query": dataset.query if name in cfg.DATASETS.TESTS else None,
-                "gallery": dataset.gallery if name in cfg.DATASETS.TESTS else None,
-            }
-        except (RuntimeError, OSError, AssertionError, ValueError, IndexError) as error:
-            raise UserError(
-                f"FASTREID_DATASETS '{_root()}': dataset {name} cannot be read ({first_line(error)}); put the "
-                "images where fast-reid's handler looks for them, for Market1501 in "
-                "ROOT/Market-1501-v15.09.15/{bounding_box_train,query,bounding_box_test}."
-            ) from error
-        for subset, items in images.items():
-            if items is not None and not items:
-                raise UserError(f"FASTREID_DATASETS '{_root()}': dataset {name} has no {subset} images.")
-            paths |= dict.fromkeys(item[0] for item in items or ())
-    if comm.is_main_process():
-        decode_all(paths, data_utils.read_image)
 
 
 def _without_trace(record: logging.LogRecord) -> bool:

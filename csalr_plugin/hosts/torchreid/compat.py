@@ -1,4 +1,4 @@
-"""What torchreid lacks on today's torch and NumPy, each mend with its reason.
+"""Corrections of torchreid for today's torch and NumPy, and of its data sets, each with its reason.
 
 Numbers are those of issues of KaiyangZhou/deep-person-reid.
 """
@@ -6,13 +6,18 @@ Numbers are those of issues of KaiyangZhou/deep-person-reid.
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from PIL import Image
+import numpy as np
 
-from csalr_plugin.hosts.data import UNREADABLE, padded, unreadable
+from csalr_plugin.errors import UserError
+from csalr_plugin.hosts.data import DUKEMTMC, MARKET1501, NameRule, named_images, padded
+from csalr_plugin.hosts.images import read_image
+from csalr_plugin.hosts.script import replaced
 from csalr_plugin.hosts.torchreid import host
 from csalr_plugin.models.weights import read_checkpoint
 
@@ -27,7 +32,10 @@ def apply() -> None:
     for mend in (
         alias_modules,
         read_weights_only,
-        refuse_unreadable_images,
+        read_every_image_mode,
+        draw_every_image_mode,
+        read_file_names,
+        number_identities,
         leave_console_open,
         rank_small_galleries,
     ):
@@ -64,22 +72,102 @@ def load_checkpoint(fpath: str) -> dict[str, Any]:
     return read_checkpoint(fpath)
 
 
-def refuse_unreadable_images(torchreid: ModuleType) -> None:
-    """Stop at an image that does not decode; torchreid reads it again for ever ("Just chill")."""
-    _replace(read_image, torchreid.utils.tools, torchreid.utils, torchreid.data.datasets.dataset)
+def read_every_image_mode(torchreid: ModuleType) -> None:
+    """Read images, also those of `FeatureExtractor`, with the reader of both hosts.
 
-
-def read_image(path: str) -> Image.Image:
-    """Read an image as RGB.
-
-    Raises:
-        UserError: the file is missing or does not decode.
+    torchreid reads 16-bit grey as white, ignores the EXIF orientation, and tries a damaged file again for ever.
     """
-    try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
-    except UNREADABLE as error:
-        raise unreadable(path, error) from None
+    _replace(read_image, torchreid.utils.tools, torchreid.utils, torchreid.data.datasets.dataset)
+    extract = torchreid.utils.FeatureExtractor.__call__
+    if _is_ours(extract):
+        return
+
+    def call(self: Any, input: Any) -> Any:
+        if isinstance(input, (str, Path)):
+            input = [input]
+        if isinstance(input, list):
+            input = [np.asarray(read_image(one)) if isinstance(one, (str, Path)) else one for one in input]
+        return extract(self, input)
+
+    torchreid.utils.FeatureExtractor.__call__ = call
+
+
+def draw_every_image_mode(torchreid: ModuleType) -> None:
+    """Draw ranked results from the images that the network saw, and keep each of them.
+
+    OpenCV reads fewer types of files than Pillow; and where two queries in different folders have the same name, the
+    second result would replace the first.
+    """
+    tools = sys.modules[torchreid.utils.visualize_ranked_results.__module__]
+    draw = torchreid.utils.visualize_ranked_results
+    if _is_ours(draw):
+        return
+    opencv = tools.cv2
+
+    def visualize_ranked_results(*args: Any, **options: Any) -> None:
+        written: Counter[str] = Counter()
+
+        def write(path: str, image: Any) -> Any:
+            written[path] += 1
+            target = Path(path)
+            if written[path] > 1:
+                target = target.with_name(f"{target.stem}-{written[path]}{target.suffix}")
+            return opencv.imwrite(str(target), image)
+
+        mended = ModuleType("cv2")
+        vars(mended).update(vars(opencv))
+        vars(mended).update(imread=lambda path: np.asarray(read_image(path))[..., ::-1], imwrite=write)
+        with replaced(tools, {"cv2": mended}):
+            draw(*args, **options)
+
+    _replace(visualize_ranked_results, tools, torchreid.utils)
+
+
+def read_file_names(torchreid: ModuleType) -> None:
+    """Find identity and camera in an image's own name, in the handlers that search the whole path for them."""
+    datasets = torchreid.data.datasets
+    for handler, rule in ((datasets.Market1501, MARKET1501), (datasets.DukeMTMCreID, DUKEMTMC)):
+        handler.process_dir = _process_dir(rule)
+
+
+def _process_dir(rule: NameRule) -> Callable[..., list[tuple[str, int, int]]]:
+    """Return a handler's `process_dir` for file names of this form."""
+
+    def process_dir(self: Any, dir_path: str, relabel: bool = False) -> list[tuple[str, int, int]]:
+        images = named_images(dir_path, rule)
+        labels = {identity: label for label, identity in enumerate(sorted({image[1] for image in images}))}
+        return [(path, labels[identity] if relabel else identity, camera - 1) for path, identity, camera in images]
+
+    return process_dir
+
+
+def number_identities(torchreid: ModuleType) -> None:
+    """Number the training identities of each data set from 0, and name a subset that has no images.
+
+    The loss takes identities as indices. The lists of MSMT17 are used as they are, so that a part of it is an index
+    error; and where data sets are trained on together, torchreid adds the number of identities of one to those of the
+    next, which makes one person of two where there are gaps.
+    """
+    base = torchreid.data.datasets.dataset.Dataset
+    host_init = base.__init__
+    if _is_ours(host_init):
+        return
+
+    def init(self: Any, train: Any, query: Any, gallery: Any, *args: Any, **options: Any) -> None:
+        for subset, items in (("training", train), ("query", query), ("gallery", gallery)):
+            if not items:
+                raise UserError(
+                    f"dataset {type(self).__name__} has no {subset} images; put them where it looks for them."
+                )
+        labels = {identity: label for label, identity in enumerate(sorted({item[1] for item in train}))}
+        numbered = [(item[0], labels[item[1]], *item[2:]) for item in train]
+        host_init(self, numbered, query, gallery, *args, **options)
+
+    base.__init__ = init
+
+
+def _is_ours(function: Any) -> bool:
+    return getattr(function, "__module__", None) == __name__
 
 
 def leave_console_open(torchreid: ModuleType) -> None:

@@ -11,6 +11,7 @@ import csalr_plugin
 from csalr_plugin.errors import UserError, shown, suggest
 from csalr_plugin.hosts import keys
 from csalr_plugin.hosts.config import CheckedConfig, read_yaml
+from csalr_plugin.hosts.folder import is_own
 from csalr_plugin.hosts.keys import MANY, PATH, TEXT, Check, integer, list_of, number, one_of
 
 # The keys and defaults of the host's scripts/default_config.py, which its PyPI package does not contain.
@@ -253,7 +254,9 @@ class Config(CheckedConfig):
         datasets = dataset_names(settings["data.type"])
         for key in ("data.sources", "data.targets"):
             for name in settings[key]:
-                if name not in datasets:
+                if is_own(name) and settings["data.type"] == "video":
+                    raise UserError(f"config key '{key}' is '{name}', which has images, and data.type is 'video'.")
+                if name not in datasets and not is_own(name):
                     raise UserError(_unknown(key, name, datasets))
 
 
@@ -320,7 +323,8 @@ def _check_type(current: Any) -> Check:
 
 
 def _unknown(key: str, name: str, allowed: Sequence[str]) -> str:
-    return f"config key '{key}' is {shown(name)}; it must be one of {', '.join(allowed)}.{suggest(name, allowed)}"
+    own = " or folder:PATH" if key.startswith("data.") else ""
+    return f"config key '{key}' is {shown(name)}; it must be one of {', '.join(allowed)}{own}.{suggest(name, allowed)}"
 
 
 # Settings that describe a run and not the training: its machine, its folders, its purpose. A checkpoint does not set

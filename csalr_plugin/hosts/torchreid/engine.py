@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from csalr_plugin.errors import SharedError, UserError, first_line
 from csalr_plugin.hosts import distributed
+from csalr_plugin.hosts.folder import file_stem
 from csalr_plugin.hosts.torchreid.config import active_config
 from csalr_plugin.hosts.torchreid.loading import draw_from, evaluation_loader, training_loader
 from csalr_plugin.hosts.torchreid.monitor import Monitor
@@ -452,7 +453,7 @@ class _PluginTraining(_HostEngine):
         for name, value in results.items():
             print(f"{name:<8} {value:.1%}")
         self.results[dataset_name] = results
-        path = Path(save_dir or self.save_dir) / f"results_{dataset_name}.json"
+        path = Path(save_dir or self.save_dir) / f"results_{file_stem(dataset_name)}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps({"epoch": self.epoch + 1, "rerank": rerank, **results}, indent=2) + "\n")
         self.monitor.evaluated(dataset_name, results, query, query_ids, query_cameras)
@@ -463,7 +464,7 @@ class _PluginTraining(_HostEngine):
                 self.datamanager.data_type,
                 width=self.datamanager.width,
                 height=self.datamanager.height,
-                save_dir=str(Path(save_dir) / f"visrank_{dataset_name}"),
+                save_dir=str(Path(save_dir) / f"visrank_{file_stem(dataset_name)}"),
                 topk=visrank_topk,
             )
         outcome = float(cmc[0]), float(mean_ap)

@@ -61,7 +61,7 @@ def run_script(path: str | Path, argv: Sequence[str]) -> None:
 @contextmanager
 def _plugin_in_place(argv: Sequence[str]) -> Iterator[list[str]]:
     """Put the plugin's functions in the place of the host's; yield the script's arguments."""
-    from csalr_plugin.hosts.torchreid import engine, optimizer, train
+    from csalr_plugin.hosts.torchreid import datasets, engine, optimizer, train
 
     torchreid = host()
     settings = importlib.import_module("default_config")
@@ -95,7 +95,7 @@ def _plugin_in_place(argv: Sequence[str]) -> Iterator[list[str]]:
         config = prepare()
         with replaced(torchreid.data, host_managers):
             if config is not None and arguments == config.keyword_arguments(_DATA_MANAGERS[name]):
-                return train.build_datamanager(config)
+                return datasets.build_datamanager(config)
             return host_managers[name](**arguments)
 
     plugin: tuple[tuple[ModuleType, dict[str, Any]], ...] = (

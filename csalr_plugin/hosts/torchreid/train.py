@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import re
 import sys
 import time
@@ -21,19 +20,17 @@ from csalr_plugin.attention.batch_norm import synchronise
 from csalr_plugin.errors import UserError, first_line
 from csalr_plugin.files import make_writable_folder
 from csalr_plugin.hosts import distributed
-from csalr_plugin.hosts.data import decode_all
+from csalr_plugin.hosts.folder import is_own
 from csalr_plugin.hosts.torchreid import register
-from csalr_plugin.hosts.torchreid.compat import read_image
 from csalr_plugin.hosts.torchreid.config import (
     ENGINE_RUN,
-    IMAGE_DATA,
     LR_SCHEDULER,
     OPTIMIZER,
-    VIDEO_DATA,
     Config,
     active_config,
     set_active_config,
 )
+from csalr_plugin.hosts.torchreid.datasets import build_datamanager
 from csalr_plugin.hosts.torchreid.engine import plugin_engine
 from csalr_plugin.hosts.torchreid.optimizer import build_optimizer
 from csalr_plugin.hosts.training import unwrapped
@@ -103,65 +100,6 @@ def in_parallel(config: Config, network: nn.Module) -> nn.Module:
         device_ids=[distributed.local_rank()] if config.use_gpu else None,
         find_unused_parameters=not whole,
     )
-
-
-def build_datamanager(config: Config) -> Any:
-    """torchreid's data manager for `config`, every image of it known to decode.
-
-    Raises:
-        UserError: for a dataset that is missing or empty, or an image that does not decode.
-    """
-    image = config.data.type == "image"
-    manager = torchreid.data.ImageDataManager if image else torchreid.data.VideoDataManager
-    arguments = config.keyword_arguments(IMAGE_DATA if image else VIDEO_DATA)
-    root = Path(config.data.root)
-    present = set(root.iterdir())
-    try:
-        datamanager = manager(**arguments)
-    except (RuntimeError, IndexError, OSError, ValueError, AssertionError) as error:
-        for folder in set(root.iterdir()) - present:
-            _remove_empty(folder)
-        raise UserError(_data_message(config, error)) from error
-    if distributed.local_rank() == 0:
-        check_images(datamanager)
-    return datamanager
-
-
-def _data_message(config: Config, error: Exception) -> str:
-    names = ", ".join(dict.fromkeys([*config.data.sources, *config.data.targets]))
-    root = Path(config.data.root)
-    empty = [folder for folder, *content in os.walk(root) if not any(content) and folder != str(root)]
-    if isinstance(error, OSError) and not empty:
-        what = f"is not there and cannot be downloaded ({first_line(error)})"
-    elif empty:
-        what = f"has an empty folder, {empty[0]!r}"
-    else:
-        what = f"cannot be read ({first_line(error)})"
-    return (
-        f"data.root {str(root)!r}: dataset {names} {what}; put the images where torchreid's handler looks for "
-        "them, for market1501 in ROOT/market1501/Market-1501-v15.09.15/{bounding_box_train,query,bounding_box_test}."
-    )
-
-
-def _remove_empty(folder: Path) -> None:
-    """Remove what the host's failed download left behind, unless there is something in it."""
-    with contextlib.suppress(OSError):
-        folder.rmdir()
-
-
-def check_images(datamanager: Any) -> None:
-    """Decode every image once, before training starts rather than hours into it.
-
-    Raises:
-        UserError: names the first image that does not decode.
-    """
-    subsets = [datamanager.train_loader.dataset.train]
-    for target in datamanager.test_dataset.values():
-        subsets += [target["query"], target["gallery"]]
-    paths = [item[0] for subset in subsets for item in subset]
-    # A video dataset has a tuple of paths where an image dataset has one.
-    flat = dict.fromkeys(path for item in paths for path in ([item] if isinstance(item, str) else item))
-    decode_all(flat, read_image)
 
 
 def build_network(config: Config, num_classes: int) -> nn.Module:
@@ -277,7 +215,8 @@ def prepare(config: Config) -> None:
     config.validate()
     config.use_gpu = config.use_gpu and torch.cuda.is_available()
     root, folder = Path(config.data.root).expanduser(), Path(config.data.save_dir).expanduser()
-    if not root.is_dir():
+    all_own = all(is_own(name) for name in (*config.data.sources, *config.data.targets))
+    if not all_own and not root.is_dir():
         raise UserError(
             f"data.root {config.data.root!r} is not a folder: give the folder that holds the datasets with --root."
         )

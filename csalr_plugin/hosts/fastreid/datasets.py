@@ -1,0 +1,104 @@
+"""Data sets of a run in fast-reid: checked before training, with each mistake told in one line."""
+
+from __future__ import annotations
+
+import glob
+import logging
+import os
+from typing import Any
+
+from fastreid.config import CfgNode
+from fastreid.data.datasets import DATASET_REGISTRY
+from fastreid.data.datasets.bases import ImageDataset
+from fastreid.utils import comm
+
+from csalr_plugin.errors import UserError, first_line
+from csalr_plugin.hosts.data import check_evaluation, check_training
+from csalr_plugin.hosts.folder import OwnData, is_own, read_own
+from csalr_plugin.hosts.images import check_images
+
+logger = logging.getLogger(__name__.replace("csalr_plugin.hosts.fastreid", "fastreid.csalr"))
+
+
+def data_root() -> str:
+    """Return the folder of the data sets, as the environment names it now."""
+    return os.environ.get("FASTREID_DATASETS", "datasets")
+
+
+class OwnDataset(ImageDataset):  # type: ignore[misc]  # fast-reid carries no types
+    """A data set ``folder:PATH`` as one of fast-reid's.
+
+    Args:
+        data: its images.
+        root: unused, the path is in the name.
+        options: those of fast-reid's `ImageDataset`.
+    """
+
+    def __init__(self, data: OwnData, root: str = "", **options: Any) -> None:
+        # fast-reid sorts training identities as text, with the data set's name before them.
+        labelled = zip(data.items("train"), data.images["train"], strict=True)
+        train = [
+            (path, f"{data.name}_{image.identity}", f"{data.name}_{camera}") for (path, _, camera), image in labelled
+        ]
+        super().__init__(train, data.items("query"), data.items("gallery"), **options)
+
+    def show_train(self) -> None:
+        """Log nothing: the report of the data set is there already."""
+
+    def show_test(self) -> None:
+        """Log nothing: the report of the data set is there already."""
+
+
+def check_data(cfg: CfgNode) -> None:
+    """Check that every data set can be trained and evaluated on, and decode its images once, before training starts.
+
+    Raises:
+        UserError: a data set is missing, empty or cannot be used, or an image does not decode.
+    """
+    paths: dict[str, None] = {}
+    identities: set[Any] = set()
+    for name in dict.fromkeys([*cfg.DATASETS.NAMES, *cfg.DATASETS.TESTS]):
+        as_source, as_target = name in cfg.DATASETS.NAMES, name in cfg.DATASETS.TESTS
+        if is_own(name):
+            _check_own(cfg, name, as_source, as_target)
+        train, query, gallery = _read(name, cfg.DATASETS.COMBINEALL and as_source)
+        if as_source and not train:
+            raise UserError(f"FASTREID_DATASETS '{data_root()}': dataset {name} has no training images.")
+        if as_target:
+            check_evaluation(name, query, gallery)
+        identities |= {item[1] for item in train if as_source}
+        used = [*(train if as_source else ()), *((*query, *gallery) if as_target else ())]
+        paths |= dict.fromkeys(item[0] for item in used)
+    check_training(cfg.DATASETS.NAMES, len(identities))
+    if comm.is_main_process():
+        check_images(paths)
+
+
+def _check_own(cfg: CfgNode, name: str, as_source: bool, as_target: bool) -> None:
+    if cfg.DATASETS.COMBINEALL:
+        raise UserError(
+            f"config key 'DATASETS.COMBINEALL' is True, which is not for '{name}': move the images to train on into "
+            "its train split, or set it to False."
+        )
+    data = read_own(name)
+    if comm.is_main_process():
+        logger.info(f"Data set:\n{data.report()}")
+    data.check(as_source, as_target, cfg.CSALR.SHARED_IDENTITIES, "CSALR.SHARED_IDENTITIES")
+
+
+def _read(name: str, combine_all: bool) -> tuple[list[Any], list[Any], list[Any]]:
+    """Return the training, query and gallery images of a data set."""
+    try:
+        dataset = DATASET_REGISTRY.get(name)(root=data_root(), combineall=combine_all)
+        return dataset.train, dataset.query, dataset.gallery
+    except UserError:
+        raise
+    except Exception as error:  # a handler fails in any way where files are not as it expects them
+        where = ", for Market1501 in ROOT/Market-1501-v15.09.15/{bounding_box_train,query,bounding_box_test}"
+        hint = where if name == "Market1501" else ""
+        if glob.escape(data_root()) != data_root():
+            hint += "; it finds none below a folder with *, ? or [ in its name"
+        raise UserError(
+            f"FASTREID_DATASETS '{data_root()}': dataset {name} cannot be read ({first_line(error)}); put the images "
+            f"where fast-reid's handler looks for them{hint}."
+        ) from error
