@@ -1,4 +1,4 @@
-"""The demo command, from data to table, on the smallest settings."""
+"""The demo command on the smallest settings, from data to table, through a data set `folder:PATH`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from csalr_plugin.demo_data import make_demo_data
 from csalr_plugin.hosts.torchreid.config import find_config
 
 
-def test_the_demo_ends_with_a_table_and_says_where_everything_is(
+def test_the_demo_prints_a_table_and_where_its_files_are(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     content = yaml.safe_load(find_config(demo.CONFIG).read_text())
@@ -31,4 +31,6 @@ def test_the_demo_ends_with_a_table_and_says_where_everything_is(
         assert word in table
     assert (out / "run-1" / "model" / "model.pth.tar-1").is_file()
     assert list((out / "run-1").glob("events.out.tfevents.*"))
-    assert list((out / "run-1" / "after" / "visrank_market1501").glob("*.jpg"))
+    (drawn,) = (out / "run-1" / "after").glob("visrank_folder_*")
+    assert len(list(drawn.glob("*.jpg"))) == 6
+    assert said.count(f"folder:{out}") >= 3 and "identities" in said  # the report of the data set

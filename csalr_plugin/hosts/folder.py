@@ -143,7 +143,10 @@ def is_own(name: str) -> bool:
 
 def file_stem(name: str) -> str:
     """Return the data set's name as a part of a file's name: ``folder:data/mine`` is ``folder_data_mine``."""
-    return re.sub(r"[^\w.-]+", "_", name)[-100:] if is_own(name) else name
+    if not is_own(name):
+        return name
+    path = re.sub(r"[^\w.-]+", "_", name.removeprefix(PREFIX)).strip("_")
+    return f"folder_{path[-90:]}"
 
 
 def read_own(name: str) -> OwnData:
