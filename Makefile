@@ -30,7 +30,7 @@ $(INSTALLED): setup.cfg pyproject.toml Makefile
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed: make PYTHON=python3.11")'
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet $(TORCH)
-	$(VENV)/bin/python -m pip install --quiet --editable '.[test,fastreid]'
+	$(VENV)/bin/python -m pip install --quiet --editable '.[test,torchreid,fastreid,bench,export]'
 	$(VENV)/bin/python -m pip install --quiet --no-deps $(FASTREID)
 	touch $@
 

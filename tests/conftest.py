@@ -32,9 +32,8 @@ def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def no_active_config() -> Iterator[None]:
     """Each test starts and ends with the plugin's default settings."""
     yield
-    from csalr_plugin.hosts.torchreid.config import set_active_config
-
-    set_active_config(None)
+    if config := sys.modules.get("csalr_plugin.hosts.torchreid.config"):
+        config.set_active_config(None)
 
 
 @pytest.fixture(params=["compiled", "operations"])

@@ -328,7 +328,7 @@ def test_bench_zoo_adds_the_accuracy_of_given_weights_without_timing_again(tmp_p
         (["bench", "cost", "--out", "x", "--only", "csalr-3"], "unknown row 'csalr-3'"),
         (["bench", "cost", "--out", "x", "--batch-size", "1"], "--batch-size 1"),
         (["bench", "cost", "--out", "x", "--height", "8"], "--height 8"),
-        (["bench", "cost", "--out", "x", "--threads", "0"], "invalid positive integer value: '0'"),
+        (["bench", "cost", "--out", "x", "--threads", "0"], "'0' must be an integer from 1 to"),
         (["bench", "scale", "--out", "x", "--positions", "200", "192"], "--positions 200"),
         (["bench", "scale", "--out", "x", "--positions", "192"], "is one size"),
         (["bench", "scale", "--out", "x", "--channels", "100"], "--channels 100"),

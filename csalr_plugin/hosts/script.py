@@ -12,18 +12,27 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from csalr_plugin.errors import UserError
+from csalr_plugin.errors import UserError, first_line, shown
 
 
 def find_script(path: str | Path) -> Path:
     """Return the absolute path of a script.
 
     Raises:
-        UserError: there is no such file.
+        UserError: there is no such file, or it is not a Python script.
     """
     script = Path(path)
-    if not script.is_file():
-        raise UserError(f"script '{path}' does not exist; give the path of one such as scripts/main.py.")
+    try:
+        compile(script.read_bytes(), str(script), "exec")
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:  # the last three: not a text file
+        line = f", line {error.lineno}," if isinstance(error, SyntaxError) and error.lineno else ""
+        raise UserError(
+            f"script {shown(str(path))}{line} is not Python ({getattr(error, 'msg', None) or first_line(error)}); give "
+            "the path of a Python script such as scripts/main.py."
+        ) from None
+    except OSError as error:
+        reason = "does not exist" if isinstance(error, FileNotFoundError) else f"cannot be read ({error.strerror})"
+        raise UserError(f"script {shown(str(path))} {reason}; give the path of one such as scripts/main.py.") from None
     return script.resolve()
 
 

@@ -73,6 +73,9 @@ def run(options: argparse.Namespace) -> None:
     Raises:
         UserError: for a flag that cannot be used, before anything is measured.
     """
+    from csalr_plugin.hosts.torchreid import model_registry
+
+    model_registry()  # a missing host is an error before anything is measured
     device = prepare(options)
     names = [name for name in MODELS if not options.only or name in options.only]
     for name in options.only or ():

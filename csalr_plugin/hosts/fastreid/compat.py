@@ -23,26 +23,22 @@ from torch.utils.data import DataLoader
 from torchvision.transforms import InterpolationMode, RandomResizedCrop, Resize
 
 from csalr_plugin.errors import UserError
+from csalr_plugin.extras import needs
 from csalr_plugin.hosts.data import CUHK_SYSU, DUKEMTMC, MARKET1501, VERI, NameRule, named_images, padded
 from csalr_plugin.hosts.folder import is_own, read_own
 from csalr_plugin.hosts.images import read_image
 from csalr_plugin.models import MODEL_NAMES, PCB
 from csalr_plugin.models.weights import load_state, mismatches, read_checkpoint, state_dict_of
 
-INSTALL = "pip install 'csalr-plugin[fastreid]' && pip install --no-deps fastreid==1.4.0"
-
 
 def host() -> ModuleType:
     """Import fast-reid, all that its training needs, and return its package.
 
     Raises:
-        UserError: fast-reid, or something that it needs, is not installed.
+        MissingExtraError: fast-reid, or a package that it needs, is not installed.
     """
-    try:
-        with _names_that_are_gone():
-            importlib.import_module("fastreid.engine")
-    except ModuleNotFoundError as error:
-        raise UserError(f"fast-reid cannot be imported, for '{error.name}' is not installed; run: {INSTALL}.") from None
+    with needs("fastreid", "csalr_plugin"), _names_that_are_gone():
+        importlib.import_module("fastreid.engine")
     return sys.modules["fastreid"]
 
 

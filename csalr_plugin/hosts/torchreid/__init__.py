@@ -8,6 +8,7 @@ from types import ModuleType
 from typing import Any
 
 from csalr_plugin.errors import UserError
+from csalr_plugin.extras import needs
 
 __all__ = ["dataset_names", "host", "model_registry", "register"]
 
@@ -16,15 +17,10 @@ def host() -> ModuleType:
     """Import and return the package torchreid.
 
     Raises:
-        UserError: torchreid, or something that it needs and does not declare, is not installed.
+        MissingExtraError: torchreid, or a package that it needs and does not declare, is not installed.
     """
-    try:
+    with needs("torchreid", "csalr_plugin"):
         return importlib.import_module("torchreid")
-    except ModuleNotFoundError as error:
-        raise UserError(
-            f"torchreid cannot be imported, for '{error.name}' is not installed; "
-            f"run: pip install {error.name if error.name != 'cv2' else 'opencv-python-headless'}."
-        ) from None
 
 
 def register() -> None:
