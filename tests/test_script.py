@@ -320,14 +320,14 @@ def test_the_real_script_trains_under_both_layouts(layout: str, arguments: list[
 
 
 @pytest.fixture
-def script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+def empty_script(tmp_path: Path) -> str:
     """An empty script."""
     (tmp_path / "x.py").touch()
     return str(tmp_path / "x.py")
 
 
 def test_a_mistake_in_a_loaders_worker_is_still_one_line(
-    script: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    empty_script: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*_: object) -> None:
         try:
@@ -336,31 +336,31 @@ def test_a_mistake_in_a_loaders_worker_is_still_one_line(
             torch._utils.ExceptionWrapper(where="in DataLoader worker process 0").reraise()
 
     monkeypatch.setattr("csalr_plugin.hosts.torchreid.script.run_script", fail)
-    assert main(["run", script]) == 2
+    assert main(["run", empty_script]) == 2
     assert capsys.readouterr().err == "csalr: error: image 'a.jpg' cannot be read.\n"
 
 
 def test_the_hosts_script_under_torchrun_is_refused_in_one_line(
-    script: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    empty_script: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setattr("csalr_plugin.command_line.time.sleep", lambda _: None)
-    assert main(["run", script]) == 2
+    assert main(["run", empty_script]) == 2
     assert capsys.readouterr().err == ""  # the first process tells it
     monkeypatch.setenv("RANK", "0")
-    assert main(["run", script]) == 2
+    assert main(["run", empty_script]) == 2
     assert "torchrun started 2" in capsys.readouterr().err
 
 
 def test_ctrl_c_is_one_line_and_exit_code_130(
-    script: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    empty_script: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def stop(*_: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr("csalr_plugin.hosts.torchreid.script.run_script", stop)
-    assert main(["run", script]) == 130
+    assert main(["run", empty_script]) == 130
     assert capsys.readouterr().err == "csalr: interrupted\n"
 
 
