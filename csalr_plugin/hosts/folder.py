@@ -182,6 +182,7 @@ def read_own(name: str) -> OwnData:
     if data.images["gallery"] and not data.images["query"]:
         _hold_out(data)
     _note_cameras(data)
+    _note_matches(data)
     return data
 
 
@@ -371,6 +372,18 @@ def _note_cameras(data: OwnData) -> None:
         which = "the cameras" if unknown == sum(map(len, data.images.values())) else f"the cameras of {unknown} images"
         data.notes.append(
             f"{which.capitalize()} are not known: images of one identity count as images from different cameras."
+        )
+
+
+def _note_matches(data: OwnData) -> None:
+    cameras = defaultdict(set)
+    for _, identity, camera in data.items("gallery"):
+        cameras[identity].add(camera)
+    alone = sum(not cameras[identity] - {camera} for _, identity, camera in data.items("query"))
+    if 0 < alone < len(data.images["query"]):
+        data.notes.append(
+            f"{alone} query images have no gallery image of their identity from another camera: the evaluation leaves "
+            "them out."
         )
 
 

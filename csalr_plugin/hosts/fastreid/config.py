@@ -181,10 +181,11 @@ def validate(cfg: CfgNode) -> None:
         )
     _check_shares(cfg, world_size())
     root = Path(os.environ.get("FASTREID_DATASETS", "datasets"))
-    if not all(is_own(name) for name in (*cfg.DATASETS.NAMES, *cfg.DATASETS.TESTS)) and not root.is_dir():
+    of_host = next((name for name in (*cfg.DATASETS.NAMES, *cfg.DATASETS.TESTS) if not is_own(name)), None)
+    if of_host is not None and not root.is_dir():
         raise UserError(
             f"dataset root '{root}' is not a folder: set the environment variable FASTREID_DATASETS to the folder that "
-            "holds the datasets."
+            f"holds {of_host}, or give other data with DATASETS.NAMES and DATASETS.TESTS."
         )
 
 

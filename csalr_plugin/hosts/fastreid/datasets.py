@@ -17,6 +17,7 @@ from csalr_plugin.hosts.data import check_evaluation, check_training
 from csalr_plugin.hosts.folder import OwnData, is_own, read_own
 from csalr_plugin.hosts.images import check_images
 
+_logged: set[str] = set()
 logger = logging.getLogger(__name__.replace("csalr_plugin.hosts.fastreid", "fastreid.csalr"))
 
 
@@ -42,11 +43,15 @@ class OwnDataset(ImageDataset):  # type: ignore[misc]  # fast-reid carries no ty
         ]
         super().__init__(train, data.items("query"), data.items("gallery"), **options)
 
-    def show_train(self) -> None:
-        """Log nothing: the report of the data set is there already."""
+        self.report = data.report()
 
-    def show_test(self) -> None:
-        """Log nothing: the report of the data set is there already."""
+    def show_train(self) -> None:
+        """Log the report of the data set, once in a process."""
+        if self.report not in _logged:
+            _logged.add(self.report)
+            logger.info(f"Data set:\n{self.report}")
+
+    show_test = show_train
 
 
 def check_data(cfg: CfgNode) -> None:
@@ -74,16 +79,24 @@ def check_data(cfg: CfgNode) -> None:
         check_images(paths)
 
 
+def check_target(cfg: CfgNode, name: str) -> None:
+    """Check that one data set can be evaluated on.
+
+    Raises:
+        UserError: it is missing, empty or cannot be used.
+    """
+    if is_own(name):
+        read_own(name).check(False, True, cfg.CSALR.SHARED_IDENTITIES, "CSALR.SHARED_IDENTITIES")
+    check_evaluation(name, *_read(name, False)[1:])
+
+
 def _check_own(cfg: CfgNode, name: str, as_source: bool, as_target: bool) -> None:
     if cfg.DATASETS.COMBINEALL:
         raise UserError(
             f"config key 'DATASETS.COMBINEALL' is True, which is not for '{name}': move the images to train on into "
             "its train split, or set it to False."
         )
-    data = read_own(name)
-    if comm.is_main_process():
-        logger.info(f"Data set:\n{data.report()}")
-    data.check(as_source, as_target, cfg.CSALR.SHARED_IDENTITIES, "CSALR.SHARED_IDENTITIES")
+    read_own(name).check(as_source, as_target, cfg.CSALR.SHARED_IDENTITIES, "CSALR.SHARED_IDENTITIES")
 
 
 def _read(name: str, combine_all: bool) -> tuple[list[Any], list[Any], list[Any]]:

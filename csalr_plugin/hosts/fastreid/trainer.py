@@ -26,7 +26,7 @@ from csalr_plugin.attention.batch_norm import synchronise, world_size
 from csalr_plugin.errors import UserError
 from csalr_plugin.hosts.distributed import gathered, is_lost, one_first, share_buffers, together
 from csalr_plugin.hosts.fastreid.config import IDENTITY_SAMPLERS, validate
-from csalr_plugin.hosts.fastreid.datasets import check_data, data_root
+from csalr_plugin.hosts.fastreid.datasets import check_data, check_target, data_root
 from csalr_plugin.hosts.fastreid.launch import gone
 from csalr_plugin.hosts.script import replaced
 from csalr_plugin.hosts.training import keep_freed_memory, unwrapped
@@ -90,8 +90,13 @@ class Trainer(DefaultTrainer):  # type: ignore[misc]  # fast-reid carries no typ
 
     @classmethod
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> Any:
-        """The host's loader, from the dataset root that the environment names now, not when it was imported."""
+        """The host's loader, from the dataset root that the environment names now, not when it was imported.
+
+        Raises:
+            UserError: the data set is missing or empty, or no query has a match in its gallery.
+        """
         host_data._root = data_root()
+        check_target(cfg, dataset_name)
         return super().build_test_loader(cfg, dataset_name)
 
     @classmethod

@@ -130,7 +130,12 @@ def _parser(prog: str) -> Parser:
     parser.add_argument("--config-file", default="", metavar="FILE", help="YAML file of config keys")
     for short, name, what in (("-s", "sources", "to train on"), ("-t", "targets", "to evaluate on")):
         parser.add_argument(
-            short, f"--{name}", nargs="+", default=[], metavar="NAME", help=f"datasets {what} (data.{name})"
+            short,
+            f"--{name}",
+            nargs="+",
+            default=[],
+            metavar="NAME",
+            help=f"datasets {what}, or folder:PATH (data.{name})",
         )
     parser.add_argument(
         "--transforms", nargs="+", default=[], metavar="NAME", help="data augmentation (data.transforms)"

@@ -16,6 +16,7 @@ import numpy as np
 
 from csalr_plugin.errors import UserError
 from csalr_plugin.hosts.data import DUKEMTMC, MARKET1501, NameRule, named_images, padded
+from csalr_plugin.hosts.folder import is_own, read_own
 from csalr_plugin.hosts.images import read_image
 from csalr_plugin.hosts.script import replaced
 from csalr_plugin.hosts.torchreid import host
@@ -36,6 +37,7 @@ def apply() -> None:
         draw_every_image_mode,
         read_file_names,
         number_identities,
+        find_own_data,
         leave_console_open,
         rank_small_galleries,
     ):
@@ -164,6 +166,26 @@ def number_identities(torchreid: ModuleType) -> None:
         host_init(self, numbered, query, gallery, *args, **options)
 
     base.__init__ = init
+
+
+def find_own_data(torchreid: ModuleType) -> None:
+    """Take ``folder:PATH`` for the name of an image data set."""
+    manager = sys.modules[torchreid.data.ImageDataManager.__module__]
+    host_init = torchreid.data.datasets.init_image_dataset
+    if _is_ours(host_init):
+        return
+
+    def init_image_dataset(name: str, **options: Any) -> Any:
+        if not is_own(name):
+            return host_init(name, **options)
+        from csalr_plugin.hosts.torchreid.datasets import OwnDataset
+
+        data = read_own(name)
+        if options.get("verbose", True):
+            print(data.report())
+        return OwnDataset(data, **options)
+
+    _replace(init_image_dataset, torchreid.data.datasets, manager)
 
 
 def _is_ours(function: Any) -> bool:

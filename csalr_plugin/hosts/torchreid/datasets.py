@@ -110,7 +110,7 @@ class OwnDataset(torchreid.data.ImageDataset):  # type: ignore[misc]  # torchrei
         super().__init__(items, items, items, mode=mode, **options)
 
     def show_summary(self) -> None:
-        """Print nothing: the report of the data set is there already."""
+        """Print nothing: the report of the data set has been printed."""
 
 
 def _build_dataset(

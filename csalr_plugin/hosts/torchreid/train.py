@@ -215,10 +215,11 @@ def prepare(config: Config) -> None:
     config.validate()
     config.use_gpu = config.use_gpu and torch.cuda.is_available()
     root, folder = Path(config.data.root).expanduser(), Path(config.data.save_dir).expanduser()
-    all_own = all(is_own(name) for name in (*config.data.sources, *config.data.targets))
-    if not all_own and not root.is_dir():
+    of_host = next((name for name in (*config.data.sources, *config.data.targets) if not is_own(name)), None)
+    if of_host is not None and not root.is_dir():
         raise UserError(
-            f"data.root {config.data.root!r} is not a folder: give the folder that holds the datasets with --root."
+            f"data.root {config.data.root!r} is not a folder: give the folder that holds {of_host} with --root, or "
+            "other data with -s and -t."
         )
     for checkpoint in filter(None, (config.model.load_weights, config.model.resume)):
         check_isfile(checkpoint)
