@@ -74,7 +74,7 @@ def test_names_in_the_manner_of_market1501_give_identity_and_camera(tmp_path: Pa
     assert [image.camera for image in data.images["train"]] == [1, 12]
     assert found(data, "query") == [("anna_c1_x.jpg", 0, 0)]
     assert found(data, "gallery") == [("anna_c3_y.jpg", 0, 1)]
-    assert "1 marked as unusable (identity -1)" in data.report()
+    assert "marked as unusable (identity -1): 1" in data.report()
 
 
 def test_an_identity_is_the_same_with_leading_zeros_and_in_every_unicode_form(tmp_path: Path) -> None:
@@ -92,7 +92,7 @@ def test_the_report_says_what_was_found_and_what_was_skipped_and_why(tmp_path: P
     assert lines[0].split()[1:] == ["images", "identities", "cameras", "skipped"]
     table = {line.split()[0]: line for line in lines[2:5]}
     assert table["train"].split()[1:5] == ["3", "2", "not", "known"]
-    for reason in ("1 files of type '.txt'", "1 hidden files", "1 folders without images", "1 beside the identities'"):
+    for reason in ("files of type '.txt', which", "hidden files: 1", "folders without images: 1", "folders: 1"):
         assert reason in table["train"]
     assert table["gallery"].split()[1:3] == ["2", "2"] and table["gallery"].endswith("none")
     assert lines[5:] == ["The cameras are not known: images of one identity count as images from different cameras."]
@@ -109,7 +109,8 @@ def test_a_missing_query_is_drawn_from_the_gallery_the_same_in_every_run_and_sai
     assert len(gallery) == 6 * 7 + 1 and not {image.path for image in query} & {image.path for image in gallery}
     assert read_own(name).images == data.images
     assert (
-        "6 images, one an identity, were drawn from the gallery (seed 0). 1 identities have no other" in data.report()
+        "one an identity, with seed 0: 6. Identities with no other image to match, which stay in the gallery: 1."
+        in data.report()
     )
     make(tmp_path, "gallery/another/1.jpg", "gallery/another/2.jpg")
     assert read_own(name).images["query"][:6] == query  # one more person changes no other person's query
@@ -317,3 +318,41 @@ def test_a_video_run_and_combined_splits_are_refused_for_a_folder(
         assert main(words) == 2
         (line,) = capsys.readouterr().err.splitlines()
         assert told in line and "folder:" in line
+
+
+def test_a_data_manager_made_in_code_takes_a_folder_and_prints_the_report(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import torchreid
+
+    names = ["train/a/1.jpg", "train/b/1.jpg", "query/x/1.jpg", "gallery/x/2.jpg"]
+    name = make(tmp_path, *names)
+    manager = torchreid.data.ImageDataManager(sources=name, batch_size_train=2, workers=0, use_gpu=False)
+    assert next(iter(manager.train_loader))["img"].shape == (2, 3, 256, 128)
+    assert "identities" in capsys.readouterr().out
+
+
+@pytest.mark.skipif("fastreid" not in HOSTS, reason="fast-reid is not installed")
+def test_fastreid_checks_a_folder_before_each_evaluation_and_logs_its_report_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    import csalr_plugin.hosts.fastreid as plugin
+
+    # isort: split
+    from fastreid.config import get_cfg
+
+    cfg = get_cfg()
+    plugin.add_csalr_config(cfg)
+    sound = make(tmp_path / "sound", "train/a/1.jpg", "query/x/1.jpg", "gallery/x/2.jpg")
+    with caplog.at_level("INFO", logger="fastreid"):
+        for _ in range(2):
+            _, queries = plugin.Trainer.build_test_loader(cfg, sound)
+    assert queries == 1 and caplog.text.count("identities") == 1
+    one_camera = make(tmp_path / "one", "query/5_c1_a.jpg", "gallery/5_c1_b.jpg")
+    with pytest.raises(UserError, match="all query and gallery images are from one camera"):
+        plugin.Trainer.build_test_loader(cfg, one_camera)
+
+
+def test_a_query_without_a_match_is_counted_in_the_report(tmp_path: Path) -> None:
+    name = make(tmp_path, "query/x/1.jpg", "query/y/1.jpg", "gallery/x/2.jpg")
+    assert "without a gallery image of their identity from another camera: 1." in read_own(name).report()

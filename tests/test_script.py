@@ -175,6 +175,16 @@ def test_the_hosts_script_trains_resumes_and_evaluates_and_leaves_no_trace(
     print("the console is still open")
 
 
+def test_a_folder_of_images_is_a_data_set_of_the_hosts_script(
+    script: Path, arguments: list[str], data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name = f"folder:{data / 'market1501' / 'Market-1501-v15.09.15'}"
+    run_script(script, ["-s", name, "-t", name, *arguments[6:], "data.root", "nowhere", "test.evaluate", "True"])
+    out = capsys.readouterr().out
+    assert out.count("identities") == 1 and f"** Results on {name} **" in out
+    assert len(list((tmp_path / "log").glob("results_folder_*.json"))) == 1
+
+
 def test_a_model_of_the_plugin_trains_through_the_hosts_script(
     script: Path, arguments: list[str], tmp_path: Path
 ) -> None:

@@ -65,7 +65,7 @@ def test_a_bad_setting_is_one_line_that_names_it_and_what_is_allowed(
 
 def test_a_data_root_that_is_missing_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     line = refusal(capsys, *arguments(tmp_path / "nowhere", tmp_path / "log"))
-    assert "nowhere" in line and "--root" in line
+    assert "nowhere" in line and "market1501 with --root" in line
 
 
 @pytest.mark.parametrize("subset", ["bounding_box_train", "query", "bounding_box_test"])

@@ -97,7 +97,7 @@ class OwnData:
         for split in SPLITS:
             images = self.images[split]
             cameras = {image.camera for image in images if image.camera is not None}
-            skipped = ", ".join(f"{count} {reason}" for reason, count in self.skipped[split].items())
+            skipped = ", ".join(f"{reason}: {count}" for reason, count in self.skipped[split].items())
             known = len(cameras) if cameras or not images else "not known"
             rows.append((split, len(images), len({image.identity for image in images}), known, skipped or "none"))
         table = tabulate(rows, (self.name, "images", "identities", "cameras", "skipped"), disable_numparse=True)
@@ -361,8 +361,8 @@ def _hold_out(data: OwnData) -> None:
     data.images["gallery"] = [image for image in data.images["gallery"] if image.path not in held_out]
     left = len(by_identity) - len(held_out)
     data.notes.append(
-        f"There is no query split: {len(held_out)} images, one an identity, were drawn from the gallery (seed {_SEED})."
-        + (f" {left} identities have no other image to match and stay in the gallery." if left else "")
+        f"There is no query split. Images drawn from the gallery, one an identity, with seed {_SEED}: {len(held_out)}."
+        + (f" Identities with no other image to match, which stay in the gallery: {left}." if left else "")
     )
 
 
@@ -382,8 +382,8 @@ def _note_matches(data: OwnData) -> None:
     alone = sum(not cameras[identity] - {camera} for _, identity, camera in data.items("query"))
     if 0 < alone < len(data.images["query"]):
         data.notes.append(
-            f"{alone} query images have no gallery image of their identity from another camera: the evaluation leaves "
-            "them out."
+            "The evaluation leaves out query images without a gallery image of their identity from another camera: "
+            f"{alone}."
         )
 
 
