@@ -39,7 +39,7 @@ import csalr_plugin.hosts.fastreid as plugin
 from csalr_plugin.hosts.fastreid import compat
 from csalr_plugin.hosts.fastreid.config import _check_shares, own_config, validate
 from csalr_plugin.hosts.fastreid.meta_architecture import register
-from csalr_plugin.hosts.fastreid.trainer import RefinedParts
+from csalr_plugin.hosts.fastreid.hooks import TrainedLayers
 
 # isort: split
 import fastreid
@@ -317,10 +317,10 @@ def test_backbone_new_layers_blocks_and_gates_have_rates_of_their_own() -> None:
 def test_refined_parts_pass_through_their_phases() -> None:
     cfg = settings("MODEL.NAME", "pcb_rpp_csalr", "CSALR.RPP.PCB_EPOCHS", 2, "CSALR.RPP.PART_CLASSIFIER_EPOCHS", 1)
     model = build_host_model(cfg).train()
-    hook = RefinedParts(model, cfg.CSALR.RPP)
+    hook = TrainedLayers(model, cfg)
     seen = []
     for epoch in range(4):
-        hook.trainer = SimpleNamespace(epoch=epoch)
+        hook.trainer = SimpleNamespace(epoch=epoch, iter=5 * epoch, start_iter=0)
         hook.before_epoch()
         seen.append((model.refining, model.conv1.weight.requires_grad, model.bn1.training))
         assert model.training and all(one.requires_grad for one in model.part_classifier.parameters())

@@ -13,13 +13,13 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import torch
 from PIL import Image
 from torch.utils.data import DataLoader
+from torchvision import transforms
 from torchvision.transforms import InterpolationMode, RandomResizedCrop, Resize
 
 from csalr_plugin.errors import UserError
@@ -27,8 +27,7 @@ from csalr_plugin.extras import needs
 from csalr_plugin.hosts.data import CUHK_SYSU, DUKEMTMC, MARKET1501, VERI, NameRule, named_images, padded
 from csalr_plugin.hosts.folder import is_own, read_own
 from csalr_plugin.hosts.images import read_image
-from csalr_plugin.models import MODEL_NAMES, PCB
-from csalr_plugin.models.weights import load_state, mismatches, read_checkpoint, state_dict_of
+from csalr_plugin.models import MODEL_NAMES
 
 
 def host() -> ModuleType:
@@ -84,9 +83,11 @@ def apply() -> None:
         resize_alike,
         read_file_names,
         find_own_data,
-        read_weights_only,
+        mend_checkpoints,
+        transform_with_todays_torchvision,
         print_short_trainings,
         launch_without_cuda,
+        set_up_resumed_runs,
     ):
         mend()
     host().csalr_plugin_mended = True  # type: ignore[attr-defined]
@@ -256,33 +257,33 @@ def find_own_data() -> None:
     registry.get = get
 
 
-def read_weights_only() -> None:
-    """Read checkpoints as data, torchreid's too, and never load a part of a network of the plugin's in silence.
+def mend_checkpoints() -> None:
+    """Write checkpoints completely or not at all, and read them without running code; see the module `checkpoint`."""
+    from csalr_plugin.hosts.fastreid import checkpoint
 
-    fast-reid leaves out what does not fit and goes on with a message in the log; resuming with it would give the
-    optimizer the state of other weights.
-    """
-    checkpointer: Any = _module("utils.checkpoint").Checkpointer
-    load, load_model = checkpointer.load, checkpointer._load_model
+    checkpoint.mend()
 
-    def load_checked(self: Any, path: str, checkpointables: list[str] | None = None) -> Any:
-        if path and "://" not in path:
-            _check(self, path, resuming=checkpointables is None and bool(self.checkpointables))
-        return load(self, path, checkpointables)
 
-    def _load_file(self: Any, path: str) -> dict[str, Any]:
-        content = read_checkpoint(path)
-        return content if "model" in content else {"model": state_dict_of(content)}
+def set_up_resumed_runs() -> None:
+    """Let `default_setup` take settings from the checkpoint of a resumed training, and check OUTPUT_DIR."""
+    from csalr_plugin.hosts.fastreid import resume
 
-    def _load_model(self: Any, checkpoint: dict[str, Any]) -> Any:
-        if not isinstance(self.model, PCB):
-            return load_model(self, checkpoint)
-        state = state_dict_of(checkpoint)
-        del checkpoint["model"]
-        self.logger.info(str(load_state(self.model, state, self.loading)))
-        return None
+    engine: Any = _module("engine")
+    engine.default_setup = resume.default_setup
 
-    checkpointer.load, checkpointer._load_file, checkpointer._load_model = load_checked, _load_file, _load_model
+
+def transform_with_todays_torchvision() -> None:
+    """Accept the old argument names of RandomAffine, which INPUT.AFFINE.ENABLED passes and torchvision 0.15 removed."""
+    todays = SimpleNamespace(**vars(transforms))
+    todays.RandomAffine = RandomAffine
+    _module("data.transforms.build").T = todays  # type: ignore[attr-defined]
+
+
+class RandomAffine(transforms.RandomAffine):
+    """torchvision's transform with the old names of its arguments."""
+
+    def __init__(self, *args: Any, resample: Any = None, fillcolor: Any = None, **options: Any) -> None:
+        super().__init__(*args, fill=fillcolor or 0, **options)
 
 
 def print_short_trainings() -> None:
@@ -305,20 +306,3 @@ def launch_without_cuda() -> None:
 
     engine: Any = _module("engine")
     engine.launch, engine.default_argument_parser = launch.launch, launch.default_argument_parser
-
-
-def _check(checkpointer: Any, path: str, *, resuming: bool) -> None:
-    """Remember what is being loaded; refuse to resume from a checkpoint of other settings."""
-    checkpointer.loading = path
-    if not Path(path).is_file():
-        read_checkpoint(path)  # which says so
-    if not resuming or not isinstance(checkpointer.model, PCB):
-        return
-    checkpoint = read_checkpoint(path)
-    wrong = mismatches(checkpointer.model, state_dict_of(checkpoint))
-    if wrong or "epoch" not in checkpoint:
-        reason = f"{len(wrong)} tensors do not match ({', '.join(wrong[:3])}, ...)" if wrong else "it names no epoch"
-        raise UserError(
-            f"--resume: {path!r} is no checkpoint of this training: {reason}. Give the MODEL.META_ARCHITECTURE and the "
-            "CSALR settings that it was trained with, or start anew from its weights with MODEL.WEIGHTS."
-        )

@@ -3,53 +3,28 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from fastreid.config import CfgNode
+from fastreid.config.config import BASE_KEY
 from fastreid.data.datasets import DATASET_REGISTRY
 from fastreid.modeling.meta_arch import META_ARCH_REGISTRY
 
 import csalr_plugin
 from csalr_plugin.attention.batch_norm import world_size
-from csalr_plugin.errors import UserError, suggest
+from csalr_plugin.errors import UserError, shown, suggest
 from csalr_plugin.hosts import keys
-from csalr_plugin.hosts.config import CheckedConfig
+from csalr_plugin.hosts.config import CheckedConfig, read_yaml
+from csalr_plugin.hosts.fastreid.ranges import IDENTITY_SAMPLERS, check_of
 from csalr_plugin.hosts.folder import is_own
-from csalr_plugin.hosts.keys import integer, list_of, number, one_of
+from csalr_plugin.hosts.keys import TEXT
 from csalr_plugin.models import MODEL_NAMES
 
 _OUR_CHECKS = {f"CSALR.{key.name.upper()}": key.check for key in keys.KEYS}
-
-# What fast-reid's own keys may be, where their type alone says too little: those that it finds out late, or by an
-# error without a name. Every other value is checked as fast-reid checks it, by the type of its default.
-_HOST_CHECKS = {
-    "MODEL.LOSSES.NAME": list_of(one_of("CrossEntropyLoss", "TripletLoss", "CircleLoss", "Cosface")),
-    "DATALOADER.SAMPLER_TRAIN": one_of(
-        "TrainingSampler",
-        "NaiveIdentitySampler",
-        "BalancedIdentitySampler",
-        "SetReWeightSampler",
-        "ImbalancedDatasetSampler",
-    ),
-    "DATALOADER.NUM_INSTANCE": integer(1),
-    "DATALOADER.NUM_WORKERS": integer(0),
-    "SOLVER.MAX_EPOCH": integer(1),
-    "SOLVER.BASE_LR": number(above=0),
-    "SOLVER.HEADS_LR_FACTOR": number(0),
-    "SOLVER.SCHED": one_of("MultiStepLR", "CosineAnnealingLR"),
-    "SOLVER.STEPS": list_of(integer(1)),
-    "SOLVER.CHECKPOINT_PERIOD": integer(1),
-    "SOLVER.IMS_PER_BATCH": integer(2),
-    "TEST.EVAL_PERIOD": integer(1),
-    "TEST.IMS_PER_BATCH": integer(1),
-    "TEST.METRIC": one_of("cosine", "euclidean"),
-}
-
-IDENTITY_SAMPLERS = ("NaiveIdentitySampler", "BalancedIdentitySampler")
 
 # Keys of the plugin that only another value than this one needs what fast-reid's loop does not do.
 _LEFT_TO_THE_HOST = {
@@ -63,62 +38,83 @@ _LEFT_TO_THE_HOST = {
 class Config(CheckedConfig, CfgNode):  # type: ignore[misc]  # fast-reid carries no types
     """fast-reid's settings, all in capitals, and the plugin's node `CSALR`.
 
-    ``MODEL.NAME`` is taken for ``MODEL.META_ARCHITECTURE``, as in the plugin's other hosts.
+    ``MODEL.NAME`` is another name of ``MODEL.META_ARCHITECTURE``, as in the plugin's other hosts.
     """
+
+    @property
+    def resumes(self) -> bool:
+        """Whether the training goes on from a checkpoint, so that no pretrained weights are needed."""
+        return bool(self.__dict__.get("_resumes", False))
+
+    def set_resumes(self) -> None:
+        """Note that the training goes on from a checkpoint. This is no setting: no file records it."""
+        self.__dict__["_resumes"] = True
 
     def in_case(self, key: str) -> str:
         """Return `key` in capitals; MODEL.NAME is MODEL.META_ARCHITECTURE."""
         return "MODEL.META_ARCHITECTURE" if key.upper() == "MODEL.NAME" else key.upper()
 
     def checked(self, key: str, value: Any, current: Any) -> Any:
-        """Return `value` as the plugin's check takes it or, for fast-reid's other keys, as fast-reid does."""
+        """Return `value` as parsed by the check of `key` or, for a key without one, by fast-reid."""
         name = self.in_case(key)
-        if check := _OUR_CHECKS.get(name) or _HOST_CHECKS.get(name):
+        if check := _OUR_CHECKS.get(name) or check_of(name, current):
             given = check(key, value)
             return type(current)(given) if isinstance(current, (list, tuple)) else given
         value = self._decode_cfg_value(value)
-        if isinstance(current, float) and isinstance(value, int) and not isinstance(value, bool):
-            return float(value)
-        pair = (type(value), type(current))
-        if pair[0] is not pair[1] and pair not in ((list, tuple), (tuple, list)):
-            wanted = {bool: "true or false", int: "an integer", float: "a number", str: "text"}
-            raise UserError(
-                f"config key '{key}' is {value!r}; it must be {wanted.get(type(current), f'such as {current!r}')}."
-            )
+        if type(value) is not type(current) and not {type(value), type(current)} <= {list, tuple}:
+            raise UserError(f"config key {shown(key)} is {shown(value)}; it must be such as {current!r}.")
         return type(current)(value)
 
     def merge_from_file(self, cfg_filename: str | Path, allow_unsafe: bool = False) -> None:
-        """Merge a YAML file and what it names as ``_BASE_``.
+        """Merge a YAML file and, before it, the file that its key ``_BASE_`` names.
 
         Args:
-            cfg_filename: its path.
-            allow_unsafe: fast-reid's: it must stay False, for no file runs code.
+            cfg_filename: path of the file.
+            allow_unsafe: an argument of fast-reid's that has no effect: no file runs code.
 
         Raises:
-            UserError: for a file that is missing or not YAML, and as `merge_from_list`.
+            UserError: a file is missing, is not YAML or names itself as its base; and as `merge_from_list`.
         """
-        path = str(cfg_filename)
-        if not path or not Path(path).is_file():
-            raise UserError(f"config file '{path}' does not exist; give the path of a .yml file with --config-file.")
-        try:
-            content = CfgNode.load_yaml_with_base(path)
-        except FileNotFoundError as error:
+        contents: list[Mapping[str, Any]] = []
+        path, seen = Path(cfg_filename).expanduser(), set[Path]()
+        if not str(cfg_filename) or not os.path.isfile(path):
             raise UserError(
-                f"config file '{path}': the file '{error.filename}' that it names as _BASE_ does not exist; the path "
-                "is taken from the folder of the file that names it."
-            ) from None
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            mark = getattr(error, "problem_mark", None)
-            where = f", line {mark.line + 1}" if mark else ""
-            reason = getattr(error, "problem", None) or getattr(error, "strerror", None) or "not text"
-            raise UserError(f"config file '{path}'{where} cannot be read as YAML: {reason}.") from None
-        except (AssertionError, TypeError, AttributeError):
-            content = None
-        if not isinstance(content, Mapping):
-            raise UserError(
-                f"config file '{path}' must hold a mapping of config keys, such as 'MODEL: {{META_ARCHITECTURE: pcb}}'."
+                f"config file {shown(str(cfg_filename))} does not exist; give a .yml file with --config-file."
             )
-        self.merge_from_other_cfg(content)
+        while path.resolve() not in seen:
+            seen.add(path.resolve())
+            content = dict(read_yaml(path))
+            base = content.pop(BASE_KEY, None)
+            contents.append(content)
+            if base is None:
+                break
+            named_by, path = path, path.parent / Path(TEXT(BASE_KEY, base)).expanduser()
+            if not os.path.isfile(path):
+                raise UserError(
+                    f"config file {shown(str(named_by))}: the file {shown(str(path))} that it names as _BASE_ does not "
+                    "exist; a relative path starts at the folder of the file that names it."
+                )
+        else:
+            raise UserError(f"config file {shown(str(path))} is its own _BASE_; remove that line.")
+        for content in reversed(contents):
+            self.merge_from_other_cfg(content)
+
+    def merge_from_list(self, cfg_list: Sequence[Any]) -> None:
+        """Merge pairs ``[key, value, key, value, ...]``; a value may be text, as on the command line.
+
+        Raises:
+            UserError: for a flag or a file among the pairs, an unknown key (with the nearest names), a value that is
+                not allowed, or a key without a value.
+        """
+        words = [str(word) for word in cfg_list]
+        if flag := next((word for word in words if word.startswith("--")), ""):
+            raise UserError(f"flag {shown(flag)} stands after a config key; give the flags before the first key.")
+        if words and (words[0].endswith(".pth") or os.path.isfile(words[0])):
+            raise UserError(
+                f"{shown(words[0])} is no config key. --resume takes no file: it goes on from the last checkpoint in "
+                "OUTPUT_DIR. To start from the weights of a file give MODEL.WEIGHTS and the file."
+            )
+        super().merge_from_list(cfg_list)
 
 
 def add_csalr_config(cfg: CfgNode) -> None:
@@ -151,9 +147,7 @@ def validate(cfg: CfgNode) -> None:
         size = cfg.INPUT[key]
         if cfg.MODEL.META_ARCHITECTURE in MODEL_NAMES and (len(size) != 2 or min(size) < 1):
             raise UserError(f"config key 'INPUT.{key}' is {size}; it must be two positive integers: height, width.")
-    classes = {name: one for name, one in vars(torch.optim).items() if isinstance(one, type)}
-    optimizers = [name for name, one in classes.items() if issubclass(one, torch.optim.Optimizer)]
-    _check_name("SOLVER.OPT", cfg.SOLVER.OPT, tuple(sorted({*optimizers} - {"Optimizer"})))
+    _check_optimizer(cfg)
     for key in ("NAMES", "TESTS"):
         for name in cfg.DATASETS[key]:
             if not is_own(name):
@@ -187,6 +181,31 @@ def validate(cfg: CfgNode) -> None:
             f"dataset root '{root}' is not a folder: set the environment variable FASTREID_DATASETS to the folder that "
             f"holds {of_host}, or give other data with DATASETS.NAMES and DATASETS.TESTS."
         )
+
+
+def _check_optimizer(cfg: CfgNode) -> None:
+    _check_name("SOLVER.OPT", cfg.SOLVER.OPT, usable_optimizers())
+    if cfg.SOLVER.OPT == "SGD" and cfg.SOLVER.NESTEROV and not cfg.SOLVER.MOMENTUM:
+        raise UserError(
+            "config key 'SOLVER.MOMENTUM' is 0, and SOLVER.NESTEROV True needs a momentum; give one such as 0.9."
+        )
+
+
+@cache
+def usable_optimizers() -> tuple[str, ...]:
+    """Return the names of those optimizers of torch that train a convolution in the loop of fast-reid."""
+
+    def can_train(optimizer: Any) -> bool:
+        weight = torch.nn.Parameter(torch.zeros(1, 1, 1, 1))
+        weight.grad = torch.ones_like(weight)
+        try:
+            optimizer([{"params": [weight], "lr": 0.001, "weight_decay": 0.0}], lr=0.001).step()
+        except Exception:  # each optimizer raises an error of its own
+            return False
+        return True
+
+    optimizers = {name: one for name, one in vars(torch.optim).items() if isinstance(one, type)}
+    return tuple(name for name in sorted(optimizers) if can_train(optimizers[name]))
 
 
 def _check_shares(cfg: CfgNode, processes: int) -> None:

@@ -1,4 +1,4 @@
-"""fast-reid's trainer with what blocks, gates and refined parts need; all else is the host's."""
+"""fast-reid's `DefaultTrainer` with the plugin's training recipe."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import math
 import signal
 import sys
 import warnings
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,19 +16,30 @@ from typing import Any
 import torch
 from fastreid.config import CfgNode
 from fastreid.data import build as host_data
-from fastreid.engine import DefaultTrainer, defaults
+from fastreid.engine import DefaultTrainer, defaults, hooks
 from fastreid.engine.train_loop import HookBase
 from fastreid.solver import build_optimizer
 from fastreid.utils import comm
+from fastreid.utils.events import EventWriter
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from csalr_plugin.attention.batch_norm import synchronise, world_size
 from csalr_plugin.errors import UserError
-from csalr_plugin.hosts.distributed import gathered, is_lost, one_first, share_buffers, together
-from csalr_plugin.hosts.fastreid.config import IDENTITY_SAMPLERS, validate
+from csalr_plugin.files import remove_unfinished, write_json
+from csalr_plugin.hosts.distributed import gathered, is_lost, is_main, one_first, share_buffers, together
+from csalr_plugin.hosts.fastreid.config import validate
 from csalr_plugin.hosts.fastreid.datasets import check_data, check_target, data_root
+from csalr_plugin.hosts.fastreid.hooks import SafeWriter, TrainedLayers
 from csalr_plugin.hosts.fastreid.launch import gone
+from csalr_plugin.hosts.fastreid.ranges import IDENTITY_SAMPLERS
+from csalr_plugin.hosts.fastreid.resume import (
+    last_checkpoint,
+    load_training,
+    name_parameters,
+    protect_log,
+    training_settings,
+)
 from csalr_plugin.hosts.script import replaced
 from csalr_plugin.hosts.training import keep_freed_memory, unwrapped
 from csalr_plugin.models import PCB, RefinedPCB, recipe
@@ -40,13 +52,13 @@ logger = logging.getLogger(__name__.replace("csalr_plugin.hosts.fastreid", "fast
 
 
 class Trainer(DefaultTrainer):  # type: ignore[misc]  # fast-reid carries no types
-    """fast-reid's `DefaultTrainer` for any of its models, with the plugin's training for the plugin's.
+    """fast-reid's `DefaultTrainer` for any of its models, and the training recipe of the plugin's models.
 
     Args:
         cfg: fast-reid's settings after `add_csalr_config`.
 
     Raises:
-        UserError: for anything that the user gave and that cannot be used, before training starts.
+        UserError: something that the user gave cannot be used; raised before the training starts.
     """
 
     told_to_stop = False  # by a signal
@@ -57,9 +69,11 @@ class Trainer(DefaultTrainer):  # type: ignore[misc]  # fast-reid carries no typ
             check_data(cfg)
         with replaced(defaults, {"DistributedDataParallel": partial(_in_several_processes, cfg)}):
             super().__init__(cfg)
+        protect_log()
         network = unwrapped(self.model)
         if not next(network.parameters()).is_cuda:
             keep_freed_memory()
+        self.checkpointer.settings = training_settings(self.cfg)
         self.warm_up = recipe.WarmUp(self.optimizer, cfg.CSALR.WARMUP)
         if isinstance(network, PCB):
             clip = _ClipGradients(network, cfg.CSALR.CLIP_GRADIENT)
@@ -101,16 +115,18 @@ class Trainer(DefaultTrainer):  # type: ignore[misc]  # fast-reid carries no typ
 
     @classmethod
     def build_model(cls, cfg: CfgNode) -> nn.Module:
-        """The host's model on the device that there is, its cost in the log in place of its layers.
+        """Build the model on a device that exists, and log its cost.
 
         Raises:
             UserError: for settings that are not allowed.
         """
         validate(cfg)
+        resumes, cfg = getattr(cfg, "resumes", False), cfg.clone()
+        cfg.defrost()
+        if resumes:
+            cfg.MODEL.BACKBONE.PRETRAIN = False
         if str(cfg.MODEL.DEVICE).startswith("cuda") and not torch.cuda.is_available():
             logger.info("There is no CUDA: MODEL.DEVICE becomes cpu")
-            cfg = cfg.clone()
-            cfg.defrost()
             cfg.MODEL.DEVICE = "cpu"
         model: nn.Module = one_first(partial(super().build_model, cfg))
         if isinstance(model, PCB):
@@ -129,39 +145,40 @@ class Trainer(DefaultTrainer):  # type: ignore[misc]  # fast-reid carries no typ
         With r = SOLVER.BASE_LR the backbone learns at r and new layers at h = r * SOLVER.HEADS_LR_FACTOR. Blocks and
         supervision branches learn at h * CSALR.ATTENTION_LR, gates at h * CSALR.GATE_LR; see `recipe.assign_role`.
         """
+        cfg = cfg.clone()
+        cfg.defrost()
+        cfg.SOLVER.FREEZE_ITERS = 0  # `TrainedLayers` freezes layers
         optimizer, parameters = build_optimizer(cfg, model)
-        if not isinstance(model, PCB):
-            return optimizer, parameters
-        role_of = recipe.parameter_roles(model)
-        new = {parameter for name, parameter in model.named_parameters() if name.split(".")[0] in _NEW_LAYERS}
-        # The host makes a group for each parameter. Groups with the same settings are merged: torch steps them at once.
-        groups: dict[tuple[Any, ...], dict[str, Any]] = {}
-        for group in optimizer.param_groups:
-            parameter = group["params"][0]
-            if parameter in new:
-                group["lr"] *= cfg.SOLVER.HEADS_LR_FACTOR
-            rates = {"attention_lr": cfg.CSALR.ATTENTION_LR, "gate_lr": cfg.CSALR.GATE_LR}
-            recipe.assign_role(group, role_of[parameter], **rates)
-            kind = (role_of[parameter], parameter in new)
-            alike = (kind, group["lr"], group["weight_decay"], group["freeze_status"])
-            if alike in groups:
-                groups[alike]["params"] += group["params"]
-            else:
-                groups[alike] = group
-        optimizer.param_groups[:] = list(groups.values())
+        if isinstance(model, PCB):
+            _assign_rates(cfg, model, optimizer)
+        name_parameters(optimizer, model)
         return optimizer, parameters
 
     def build_hooks(self) -> list[HookBase]:
-        """The host's hooks and, for a model with refined parts, the phases of its training before them."""
+        """Return the host's hooks, and before them the hook for frozen layers and the phases of refined part pooling.
+
+        If an evaluation fails, the weights of its epoch are saved first.
+        """
+        own = []
         network = unwrapped(self.model)
-        phases = [RefinedParts(network, self.cfg.CSALR.RPP)] if isinstance(network, RefinedPCB) else []
-        return [*phases, *super().build_hooks()]
+        if self.cfg.MODEL.FREEZE_LAYERS or isinstance(network, RefinedPCB):
+            own.append(TrainedLayers(network, self.cfg))
+        theirs = [hook for hook in super().build_hooks() if not isinstance(hook, hooks.LayerFreeze)]
+        for hook in theirs:
+            if isinstance(hook, hooks.EvalHook):
+                hook._func = partial(self._evaluate, hook._func)
+        return [*own, *theirs]
+
+    def build_writers(self) -> list[EventWriter]:
+        """Return the host's writers of metrics. Their errors do not end the training."""
+        return [SafeWriter(writer) for writer in super().build_writers()]
 
     def resume_or_load(self, resume: bool = True) -> None:
-        """The host's; a folder with an earlier training's checkpoints is not written into without being told.
+        """Resume from the last checkpoint in OUTPUT_DIR, or load MODEL.WEIGHTS.
 
         Raises:
-            UserError: there is such a folder, or a checkpoint cannot be used.
+            UserError: a checkpoint cannot be used; or the training does not resume, and OUTPUT_DIR holds the
+                checkpoints of another one.
         """
         with together():
             if not resume and self.checkpointer.has_checkpoint() and not self.cfg.CSALR.OVERWRITE:
@@ -169,7 +186,12 @@ class Trainer(DefaultTrainer):  # type: ignore[misc]  # fast-reid carries no typ
                     f"OUTPUT_DIR '{self.cfg.OUTPUT_DIR}' holds an earlier training's checkpoints: give another folder, "
                     "go on with --resume, or replace them with CSALR.OVERWRITE True."
                 )
-            super().resume_or_load(resume)
+            if is_main() and self.cfg.OUTPUT_DIR:
+                remove_unfinished(Path(self.cfg.OUTPUT_DIR))
+            if resume and (path := last_checkpoint(self.cfg.OUTPUT_DIR)):
+                load_training(self, path)
+            else:
+                super().resume_or_load(resume=False)
         if len(epochs := set(gathered(self.start_epoch))) > 1:
             raise UserError(
                 f"--resume: the machines would go on from different epochs ({', '.join(map(str, sorted(epochs)))}); "
@@ -177,13 +199,14 @@ class Trainer(DefaultTrainer):  # type: ignore[misc]  # fast-reid carries no typ
             )
 
     def train(self) -> Any:
-        """The host's training; one that is done already is only evaluated.
+        """Train, or only evaluate if all epochs are done.
 
         Raises:
-            UserError: for a loss or gradient that is not finite, an image that does not decode, or a process that is
-                gone.
+            UserError: for a loss or gradient that is not finite, an image that does not decode, a checkpoint that
+                cannot be written, or a process that has ended.
         """
         if self.start_epoch >= self.max_epoch:
+            logger.info(f"All {self.max_epoch} epochs of SOLVER.MAX_EPOCH are done: only the evaluation is left")
             return self.test(self.cfg, self.model)
         if world_size() > 1:
             # When one process dies, torchrun tells the others to stop, before they have noticed it themselves.
@@ -194,7 +217,11 @@ class Trainer(DefaultTrainer):  # type: ignore[misc]  # fast-reid carries no typ
             return super().train()
         except RuntimeError as error:
             if is_lost(error):
-                raise gone(self.checkpointer.get_checkpoint_file()) from error
+                raise gone(self._last_checkpoint()) from error
+            raise
+        except (KeyboardInterrupt, BrokenPipeError):
+            if is_main():
+                print(f"Training stopped; {self._how_to_go_on()}.", file=sys.stderr)
             raise
         finally:
             loop_logger.removeFilter(_without_trace)
@@ -203,14 +230,21 @@ class Trainer(DefaultTrainer):  # type: ignore[misc]  # fast-reid carries no typ
         self.told_to_stop = True  # seen at the next step: no checkpoint is left half written
 
     def after_train(self) -> None:
-        """The host's, which may evaluate; not after an error, for the other processes do not come."""
-        if world_size() == 1 or sys.exc_info()[0] is None:
+        """Call the hooks at the end of a training; after an error only close the writers.
+
+        An evaluation after an error would wait for processes that have ended, or evaluate weights that are not finite.
+        """
+        if sys.exc_info()[0] is None:
             super().after_train()
+            return
+        for hook in self._hooks:
+            if isinstance(hook, hooks.PeriodicWriter):
+                hook.after_train()
 
     def run_step(self) -> None:
-        """One step of the host's, with the warm-up of blocks and gates."""
+        """Make one step of the host's, with the warm-up of blocks and gates."""
         if self.told_to_stop:
-            raise gone(self.checkpointer.get_checkpoint_file())
+            raise gone(self._last_checkpoint())
         wrong, cause = "", None
         try:
             with self.warm_up.at(self.iter):
@@ -219,27 +253,67 @@ class Trainer(DefaultTrainer):  # type: ignore[misc]  # fast-reid carries no typ
             wrong, cause = ", ".join(str(error).splitlines()[1:]) or str(error), error
         with together():  # the first process alone looks at the loss
             if wrong:
-                raise UserError(self._not_finite(wrong)) from cause
+                raise UserError(
+                    f"Training stopped at epoch {self.epoch + 1}, iteration {self.iter + 1}: {wrong}; "
+                    f"{self._how_to_go_on()}, with a lower SOLVER.BASE_LR, CSALR.ATTENTION_LR or CSALR.CLIP_GRADIENT."
+                ) from cause
 
-    def _not_finite(self, what: str) -> str:
-        last = self.checkpointer.get_checkpoint_file()
-        where = f"the last checkpoint is {last}, go on from it with --resume and" if last else "start anew with"
-        return (
-            f"Training stopped at epoch {self.epoch + 1}, iteration {self.iter + 1}: {what}; {where} a lower "
-            "SOLVER.BASE_LR, CSALR.ATTENTION_LR or CSALR.CLIP_GRADIENT."
-        )
+    def _evaluate(self, evaluate: Callable[[], Any]) -> Any:
+        """Call the host's evaluation after an epoch; if it fails, save that epoch first."""
+        try:
+            return evaluate()
+        except Exception as error:
+            if getattr(self.checkpointer, "saved_epoch", -1) < self.epoch:
+                self.checkpointer.save(f"model_{self.epoch:04d}", epoch=self.epoch, metric=-1.0)
+            if isinstance(error, UserError):
+                raise UserError(
+                    f"The evaluation after epoch {self.epoch + 1} failed, and {self._how_to_go_on()}: {error}"
+                ) from error
+            raise
+
+    def _last_checkpoint(self) -> str:
+        return str(self.checkpointer.get_checkpoint_file())
+
+    def _how_to_go_on(self) -> str:
+        last = self._last_checkpoint()
+        return f"the last checkpoint is {last}, go on from it with --resume" if last else "start anew"
 
     @classmethod
     def test(cls, cfg: CfgNode, model: nn.Module) -> Any:
-        """The host's evaluation of the first process's model, its results also in OUTPUT_DIR/results.json."""
+        """Evaluate the first process's model as the host does, and write the results to OUTPUT_DIR/results.json."""
         share_buffers(model)
         results = super().test(cfg, model)
         if comm.is_main_process() and cfg.OUTPUT_DIR:
-            folder = Path(cfg.OUTPUT_DIR)
-            folder.mkdir(parents=True, exist_ok=True)
-            numbers = json.dumps(results, indent=2, default=float)
-            (folder / "results.json").write_text(numbers + "\n", encoding="utf-8")
+            numbers = json.loads(json.dumps(results, default=float))
+            path = Path(cfg.OUTPUT_DIR) / "results.json"
+            try:
+                write_json(path, numbers)
+            except OSError as error:
+                logger.warning(f"{path} cannot be written ({error.strerror})")
         return results
+
+
+def _assign_rates(cfg: CfgNode, model: PCB, optimizer: torch.optim.Optimizer) -> None:
+    """Set the learning rate of each parameter of a plugin model, and merge the groups of equal settings, in place.
+
+    The host makes a group for each parameter; torch steps all parameters of a group at once.
+    """
+    role_of = recipe.parameter_roles(model)
+    new = {parameter for name, parameter in model.named_parameters() if name.split(".")[0] in _NEW_LAYERS}
+    groups: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for group in optimizer.param_groups:
+        parameter = group["params"][0]
+        if parameter in new:
+            group["lr"] *= cfg.SOLVER.HEADS_LR_FACTOR
+        rates = {"attention_lr": cfg.CSALR.ATTENTION_LR, "gate_lr": cfg.CSALR.GATE_LR}
+        recipe.assign_role(group, role_of[parameter], **rates)
+        kind = (role_of[parameter], parameter in new)
+        alike = (kind, group["lr"], group["weight_decay"])
+        if alike in groups:
+            groups[alike]["params"] += group["params"]
+        else:
+            groups[alike] = group
+    optimizer.param_groups[:] = list(groups.values())
 
 
 def _in_several_processes(cfg: CfgNode, model: nn.Module, device_ids: list[int], **options: Any) -> nn.Module:
@@ -247,8 +321,9 @@ def _in_several_processes(cfg: CfgNode, model: nn.Module, device_ids: list[int],
     if cfg.CSALR.SYNC_BATCH_NORM:
         synchronise(model)
     on_gpu = next(model.parameters()).is_cuda
-    # Phases of refined parts freeze layers; without cross entropy no loss reaches the classifiers.
-    unused = isinstance(model, RefinedPCB) or "CrossEntropyLoss" not in cfg.MODEL.LOSSES.NAME
+    # Frozen layers get no gradient, and without cross entropy the classifiers get none.
+    frozen = cfg.MODEL.FREEZE_LAYERS and cfg.SOLVER.FREEZE_ITERS
+    unused = bool(frozen) or isinstance(model, RefinedPCB) or "CrossEntropyLoss" not in cfg.MODEL.LOSSES.NAME
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")  # of the host's options
         return DistributedDataParallel(
@@ -272,33 +347,9 @@ class _ClipGradients:
             raise _GradientError(f"gradient norm = {norm}")
 
 
-class RefinedParts(HookBase):  # type: ignore[misc]
-    """The phases of refined part pooling (section 4.2): PCB, the part classifier alone, all together.
-
-    Args:
-        network: the model.
-        settings: node CSALR.RPP: PCB_EPOCHS and PART_CLASSIFIER_EPOCHS.
-    """
-
-    def __init__(self, network: RefinedPCB, settings: CfgNode) -> None:
-        self.network, self.settings = network, settings
-
-    def before_epoch(self) -> None:
-        """Open and freeze layers for the epoch that begins."""
-        phase = recipe.begin_epoch(
-            self.network,
-            self.trainer.epoch,
-            pcb_epochs=self.settings.PCB_EPOCHS,
-            part_classifier_epochs=self.settings.PART_CLASSIFIER_EPOCHS,
-        )
-        alone = phase is recipe.Phase.PART_CLASSIFIER
-        for name, child in self.network.named_children():
-            opened = not alone or name == "part_classifier"
-            child.train(opened)
-            child.requires_grad_(opened)
 
 
 def _without_trace(record: logging.LogRecord) -> bool:
-    """Whether the host's log takes a record: not the stack trace of what is told in one line."""
+    """Return whether a record goes into the log: not the stack trace of an error that is told in one line."""
     error = record.exc_info[1] if record.exc_info else None
-    return error is None or not (isinstance(error, UserError) or is_lost(error))
+    return error is None or not (isinstance(error, (UserError, BrokenPipeError)) or is_lost(error))

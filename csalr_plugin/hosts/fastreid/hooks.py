@@ -1,0 +1,147 @@
+"""Hooks and writers of the training loop: layers that train, and observers whose errors do not end a training."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Callable, Sequence
+
+from fastreid.config import CfgNode
+from fastreid.engine.train_loop import HookBase
+from fastreid.utils.events import EventWriter
+from torch import nn
+
+from csalr_plugin.errors import UserError, first_line, suggest
+from csalr_plugin.models import PCB, recipe
+
+logger = logging.getLogger(__name__.replace("csalr_plugin.hosts.fastreid", "fastreid.csalr"))
+
+# Names in MODEL.FREEZE_LAYERS for the plugin's networks. fast-reid's own configs name the parts of its networks so.
+_PARTS = {
+    "backbone": ("conv1", "bn1", "layer1", "layer2", "layer3", "layer4"),
+    "heads": ("conv5", "classifier", "part_classifier"),
+}
+
+
+class TrainedLayers(HookBase):  # type: ignore[misc]  # fast-reid carries no types
+    """Freezes the layers that MODEL.FREEZE_LAYERS names, and sets the phases of refined part pooling (section 4.2).
+
+    A frozen layer gets no gradient, and its batch norm uses and keeps its running statistics. fast-reid's own
+    `LayerFreeze` ends at the first evaluation, and starts again when a training is resumed.
+
+    Args:
+        network: the network, without the wrapper for several processes.
+        cfg: fast-reid's settings: MODEL.FREEZE_LAYERS, SOLVER.FREEZE_ITERS and, for a `RefinedPCB`, CSALR.RPP.
+
+    Raises:
+        UserError: MODEL.FREEZE_LAYERS names no layer of the network, or all of them.
+    """
+
+    def __init__(self, network: nn.Module, cfg: CfgNode) -> None:
+        self.network, self.phases = network, cfg.CSALR.RPP
+        self.trainable = {parameter for parameter in network.parameters() if parameter.requires_grad}
+        self.iterations: int = cfg.SOLVER.FREEZE_ITERS if cfg.MODEL.FREEZE_LAYERS else 0
+        self.patterns = frozen_layers(network, cfg.MODEL.FREEZE_LAYERS)
+        self.alone = False
+        if cfg.MODEL.FREEZE_LAYERS and not self.iterations:
+            logger.warning(
+                f"MODEL.FREEZE_LAYERS {list(cfg.MODEL.FREEZE_LAYERS)} freezes nothing: SOLVER.FREEZE_ITERS is 0"
+            )
+
+    def before_epoch(self) -> None:
+        """Set the layers that train in the epoch that begins. An evaluation has set all of them to training mode."""
+        phase = recipe.begin_epoch(
+            self.network,
+            self.trainer.epoch,
+            pcb_epochs=self.phases.PCB_EPOCHS,
+            part_classifier_epochs=self.phases.PART_CLASSIFIER_EPOCHS,
+        )
+        self.alone = phase is recipe.Phase.PART_CLASSIFIER
+        self._apply()
+
+    def before_step(self) -> None:
+        """Open the frozen layers after SOLVER.FREEZE_ITERS iterations."""
+        if self.iterations and self.trainer.iter == self.iterations:
+            self._apply()
+
+    def _apply(self) -> None:
+        frozen = self.trainer.iter < self.iterations
+        counts = {True: 0, False: 0}
+        for name, module in self.network.named_modules():
+            if not name:
+                continue
+            trains = not (self.alone and name.split(".")[0] != "part_classifier")
+            trains &= not (frozen and any(pattern.match(name + ".") for pattern in self.patterns))
+            module.training = trains
+            for parameter in module.parameters(recurse=False):
+                parameter.requires_grad_(trains and parameter in self.trainable)
+                counts[trains] += 1
+        if self.iterations and self.trainer.iter in (self.trainer.start_iter, self.iterations):
+            until = f"until iteration {self.iterations}" if frozen else "no longer"
+            logger.info(f"Frozen layers: {counts[False]} of {sum(counts.values())} weights do not train {until}")
+
+
+def frozen_layers(network: nn.Module, names: Sequence[str]) -> list[re.Pattern[str]]:
+    """Return the patterns of the layers that MODEL.FREEZE_LAYERS names; each matches the start of a parameter's name.
+
+    Args:
+        network: the network.
+        names: of layers, such as "layer1" or "layer4.2.conv3". As in fast-reid, a name is a regular expression. In
+            the plugin's networks "backbone" means the ResNet-50, and "heads" the part reduction and classifiers.
+
+    Raises:
+        UserError: a name matches no layer, or all names together match every layer.
+    """
+    parameters = [name for name, _ in network.named_parameters()]
+    patterns = []
+    for name in names:
+        layers = _PARTS.get(name, (name,)) if isinstance(network, PCB) else (name,)
+        try:
+            pattern = re.compile(rf"(?:{'|'.join(layers)})\.")
+        except re.error as error:
+            raise UserError(
+                f"config key 'MODEL.FREEZE_LAYERS' has {name!r}, which is no regular expression ({error}); give names "
+                "of layers, such as layer1."
+            ) from None
+        if not any(map(pattern.match, parameters)):
+            children = [child for child, module in network.named_children() if any(True for _ in module.parameters())]
+            allowed = [*(_PARTS if isinstance(network, PCB) else ()), *children]
+            paths = [path for path, _ in network.named_modules() if path]
+            raise UserError(
+                f"config key 'MODEL.FREEZE_LAYERS' has {name!r}, which is no layer of this network; give some of "
+                f"{', '.join(allowed)}, or layers inside them.{suggest(name, [*allowed, *paths])}"
+            )
+        patterns.append(pattern)
+    if patterns and all(any(pattern.match(name) for pattern in patterns) for name in parameters):
+        raise UserError("config key 'MODEL.FREEZE_LAYERS' names every layer, so nothing would train; leave some out.")
+    return patterns
+
+
+class SafeWriter(EventWriter):  # type: ignore[misc]
+    """A writer of metrics whose errors are one warning in the log, so that a full disk does not end a training.
+
+    Args:
+        writer: fast-reid's writer.
+    """
+
+    def __init__(self, writer: EventWriter) -> None:
+        self.writer, self.warned = writer, False
+
+    def write(self) -> None:
+        """Write the metrics of the current iteration."""
+        self._try(self.writer.write)
+
+    def close(self) -> None:
+        """Close the output."""
+        self._try(self.writer.close)
+
+    def _try(self, action: Callable[[], None]) -> None:
+        try:
+            action()
+        except BrokenPipeError:  # the console is closed, as by "| head -3"
+            raise
+        except Exception as error:  # of any kind: it does not concern the weights
+            if not self.warned:
+                name, reason = type(self.writer).__name__, getattr(error, "strerror", None) or first_line(error)
+                logger.warning(f"{name} cannot write the metrics ({reason}); the training goes on")
+            self.warned = True

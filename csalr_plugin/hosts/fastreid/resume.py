@@ -1,0 +1,254 @@
+"""Resuming a training of fast-reid: settings, weights, optimizer state, and the learning rate of the next iteration.
+
+A setting that the user gives now counts. Every other setting is taken from the checkpoint.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from fastreid.config import CfgNode, get_cfg
+from fastreid.engine import defaults, hooks
+from torch import nn
+
+from csalr_plugin.errors import UserError, shown
+from csalr_plugin.files import make_writable_folder
+from csalr_plugin.hosts.config import recordable, recorded_settings
+from csalr_plugin.hosts.distributed import is_main, together
+from csalr_plugin.hosts.fastreid.config import Config, add_csalr_config
+from csalr_plugin.hosts.training import unwrapped
+from csalr_plugin.models.weights import (
+    check_epoch,
+    check_optimizer_state,
+    load_exactly,
+    read_checkpoint,
+    state_dict_of,
+)
+
+logger = logging.getLogger(__name__.replace("csalr_plugin.hosts.fastreid", "fastreid.csalr"))
+
+# Settings that describe a run and not the training: its machine, its folders, its purpose. A checkpoint does not set
+# them when a training is resumed.
+_OF_THE_RUN = {
+    "OUTPUT_DIR",
+    "MODEL.DEVICE",
+    "MODEL.WEIGHTS",
+    "MODEL.BACKBONE.PRETRAIN",
+    "MODEL.BACKBONE.PRETRAIN_PATH",
+    "MODEL.HEADS.NUM_CLASSES",  # fast-reid replaces 0 by the number of identities
+    "DATALOADER.NUM_WORKERS",
+    "CSALR.PRETRAINED_WEIGHTS",
+    "CSALR.OVERWRITE",
+}
+
+_host_default_setup = defaults.default_setup
+
+
+def default_setup(cfg: CfgNode, args: Any) -> None:
+    """Prepare a run as fast-reid's function does: log, random numbers, config file in OUTPUT_DIR.
+
+    With ``--resume``, `cfg` first takes those settings from the checkpoint that the user has not given.
+
+    Args:
+        cfg: the settings; changed in place, also if they are frozen.
+        args: the flags of the command line.
+
+    Raises:
+        UserError: OUTPUT_DIR cannot be written, or the checkpoint cannot be used.
+    """
+    with together():
+        if not cfg.OUTPUT_DIR:
+            raise UserError("config key 'OUTPUT_DIR' is empty; give the folder for checkpoints and logs.")
+        if is_main():
+            make_writable_folder(Path(cfg.OUTPUT_DIR), f"config key 'OUTPUT_DIR' {shown(cfg.OUTPUT_DIR)}")
+        resumes = getattr(args, "resume", False) and not getattr(args, "eval_only", False)
+        lines = take_settings(cfg) if resumes and isinstance(cfg, Config) else []
+    _host_default_setup(cfg, args)
+    protect_log()
+    for line in lines:
+        logger.info(line)
+
+
+def take_settings(cfg: Config) -> list[str]:
+    """Take the settings that the user has not given from the last checkpoint in OUTPUT_DIR, if there is one.
+
+    Returns:
+        The lines for the log: the source of each setting on which the checkpoint and the user differ.
+
+    Raises:
+        UserError: the checkpoint cannot be used.
+    """
+    path = last_checkpoint(cfg.OUTPUT_DIR)
+    if not path:
+        return [f"--resume: OUTPUT_DIR {cfg.OUTPUT_DIR!r} holds no checkpoint; the training starts at epoch 0"]
+    settings = recorded_settings(read_checkpoint(path))
+    if not settings:
+        return [f"{path} does not record its settings; those of this run count"]
+    fresh = get_cfg()
+    add_csalr_config(fresh)
+    before = fresh.leaves()
+    names = [key for key in cfg.leaves() if key in before and key not in _OF_THE_RUN]
+    frozen = cfg.is_frozen()
+    cfg.defrost()
+    lines = cfg.take_over(settings, names, before, f"Checkpoint {path!r}")
+    if frozen:
+        cfg.freeze()
+    if settings.get("SOLVER.OPT", cfg.SOLVER.OPT) != cfg.SOLVER.OPT:
+        raise UserError(
+            f"config key 'SOLVER.OPT' is {cfg.SOLVER.OPT!r}, and {path} holds the state of {settings['SOLVER.OPT']}: "
+            "resume with that optimizer, or start anew from its weights with MODEL.WEIGHTS and another OUTPUT_DIR."
+        )
+    cfg.set_resumes()
+    return [f"Resuming from {path}", *lines]
+
+
+def last_checkpoint(folder: str) -> str:
+    """Return the path of the checkpoint that ``--resume`` goes on from, or an empty string.
+
+    Raises:
+        UserError: the file `last_checkpoint` in `folder` names no file.
+    """
+    tag = Path(folder) / "last_checkpoint"
+    if not tag.is_file():
+        return ""
+    name = tag.read_text(encoding="utf-8", errors="replace").strip()
+    path = os.path.join(folder, name)
+    if not name or not os.path.isfile(path):
+        others = sorted(str(file) for file in Path(folder).glob("*.pth"))
+        hint = f"write the name of one of these into it: {', '.join(others[-3:])}" if others else "there is none left"
+        raise UserError(f"--resume: {str(tag)!r} names {shown(name)}, which is no checkpoint in this folder; {hint}.")
+    return path
+
+
+def training_settings(cfg: Config) -> dict[str, Any]:
+    """Return the settings that a checkpoint records, ``{dotted key: value}``."""
+    return recordable({key: value for key, value in cfg.leaves().items() if key not in _OF_THE_RUN})
+
+
+def load_training(trainer: Any, path: str) -> None:
+    """Load the state of a training from a checkpoint: weights, optimizer, learning rate, best metric, next epoch.
+
+    Hyperparameters and the learning rate are those that the settings of `trainer` give at the next epoch.
+
+    Args:
+        trainer: fast-reid's `DefaultTrainer` before its training starts.
+        path: of the checkpoint.
+
+    Raises:
+        UserError: the checkpoint cannot be read, or is of another network or optimizer.
+    """
+    checkpoint, network = read_checkpoint(path), unwrapped(trainer.model)
+    if "epoch" not in checkpoint or "optimizer" not in checkpoint:
+        missing = "epoch" if "epoch" not in checkpoint else "optimizer"
+        raise UserError(
+            f"--resume: {path!r} is no checkpoint of a training: it has no entry {missing!r}; start anew from its "
+            "weights with MODEL.WEIGHTS."
+        )
+    trainer.start_epoch = check_epoch(checkpoint, path) + 1
+    load_exactly(network, state_dict_of(checkpoint), path)
+    load_optimizer(trainer.optimizer, checkpoint["optimizer"], path)
+    if trainer.start_epoch < trainer.max_epoch:
+        replay_schedule(trainer)
+    best = os.path.join(trainer.cfg.OUTPUT_DIR, "model_best.pth")
+    metric = read_checkpoint(best).get("metric") if os.path.isfile(best) else None
+    if isinstance(metric, float):
+        for hook in trainer._hooks:
+            if isinstance(hook, hooks.PeriodicCheckpointer):
+                hook.best_metric = metric  # or the next checkpoint replaces a better model_best.pth
+    logger.info(f"Loaded {path}: {trainer.start_epoch} epochs are done")
+
+
+def name_parameters(optimizer: torch.optim.Optimizer, network: nn.Module) -> None:
+    """Add "param_names" to each parameter group, so that a state can be loaded into groups of other settings."""
+    names = {parameter: name for name, parameter in network.named_parameters()}
+    for group in optimizer.param_groups:
+        group["param_names"] = [names[parameter] for parameter in group["params"]]
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, saved: Any, path: str) -> None:
+    """Load the state of each parameter; the hyperparameters of `optimizer` stay.
+
+    Args:
+        optimizer: with named parameters, see `name_parameters`.
+        saved: the state dict of the checkpoint's optimizer. Its groups may differ if they name their parameters.
+        path: of the checkpoint, for messages.
+
+    Raises:
+        UserError: the state does not fit.
+    """
+    now = optimizer.state_dict()
+    named = _by_name(saved)
+    if named is not None:
+        places = {
+            name: index
+            for group in now["param_groups"]
+            for name, index in zip(group["param_names"], group["params"], strict=True)
+        }
+        if set(named) - set(places):
+            raise UserError(
+                f"--resume: {path!r} has the optimizer of other parameters."
+            )
+        saved = {
+            "state": {places[name]: state for name, state in named.items()},
+            "param_groups": now["param_groups"],
+        }
+    check_optimizer_state(optimizer, saved, path)
+    optimizer.load_state_dict({"state": saved["state"], "param_groups": now["param_groups"]})
+
+
+def _by_name(saved: Any) -> dict[str, Any] | None:
+    """Return the state of each parameter by its name, or None for a state dict that names no parameters."""
+    groups, state = ((saved.get(key) if isinstance(saved, Mapping) else None) for key in ("param_groups", "state"))
+    if not isinstance(groups, list) or not isinstance(state, Mapping):
+        return None
+    named: dict[str, Any] = {}
+    for group in groups:
+        names, indices = ((group.get(key) if isinstance(group, Mapping) else None) for key in ("param_names", "params"))
+        if not isinstance(names, list) or not isinstance(indices, list) or len(names) != len(indices):
+            return None
+        if not all(isinstance(name, str) for name in names) or not all(isinstance(index, int) for index in indices):
+            return None
+        named |= {name: state[index] for name, index in zip(names, indices, strict=True) if index in state}
+    return named
+
+
+def replay_schedule(trainer: Any) -> None:
+    """Take the schedulers to the learning rate at which the next epoch starts.
+
+    They make the steps of a training that had its present settings from the start. So the rate of an unchanged training
+    is equal to the last bit, and new epochs, steps or another scheduler count.
+    """
+    warmup, per_epoch = trainer.warmup_iters, trainer.iters_per_epoch
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
+        if "warmup_sched" in trainer.scheduler:
+            for _ in range(min(warmup, trainer.start_epoch * per_epoch)):
+                trainer.scheduler["warmup_sched"].step()
+        for epoch in range(1, trainer.start_epoch + 1):
+            if epoch * per_epoch > warmup and epoch > trainer.delay_epochs:
+                trainer.scheduler["lr_sched"].step()
+
+
+def protect_log() -> None:
+    """Warn once when the log cannot be written, without a stack trace for every line; a closed console ends the run."""
+    for handler in logging.getLogger("fastreid").handlers:
+        handler.handleError = _LogError()  # type: ignore[method-assign]
+
+
+class _LogError:
+    told = False
+
+    def __call__(self, record: logging.LogRecord) -> None:
+        error = sys.exc_info()[1]
+        if isinstance(error, BrokenPipeError):
+            raise error
+        if not self.told and sys.stderr:
+            print(f"The log cannot be written ({error}); the training goes on.", file=sys.stderr)
+        self.told = True
