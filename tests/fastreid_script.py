@@ -1,4 +1,60 @@
-"""A train script of the shape of fast-reid's tools/train_net.py, which its PyPI package leaves out."""
+"""Helpers of the tests of fast-reid: tiny settings, a fixture for its logs, and a train script.
+
+The script has the shape of fast-reid's tools/train_net.py, which its PyPI package does not contain.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+NEEDED = ("fastreid", "faiss", "sklearn", "termcolor")
+MISSING = [name for name in NEEDED if importlib.util.find_spec(name) is None]
+
+TINY = (
+    *("MODEL.DEVICE", "cpu", "MODEL.BACKBONE.PRETRAIN", "False", "CSALR.LANDMARKS", "2,2", "CSALR.STAGES", "3"),
+    *("INPUT.SIZE_TRAIN", "[64, 32]", "INPUT.SIZE_TEST", "[128, 64]", "DATALOADER.NUM_WORKERS", "0"),
+    *("SOLVER.IMS_PER_BATCH", "8", "SOLVER.BASE_LR", "0.001", "SOLVER.MAX_EPOCH", "1"),
+    *("SOLVER.CHECKPOINT_PERIOD", "1", "TEST.EVAL_PERIOD", "1"),
+)
+
+
+def settings(*overrides: Any, file: str = "pcb_384x128_sgd.yml") -> Any:
+    """fast-reid's settings for a tiny training, with overrides."""
+    from csalr_plugin.hosts.fastreid import add_csalr_config
+    from csalr_plugin.hosts.fastreid.config import own_config
+
+    # isort: split
+    from fastreid.config import get_cfg
+
+    cfg = get_cfg()
+    add_csalr_config(cfg)
+    cfg.merge_from_file(own_config(file))
+    cfg.merge_from_list([*TINY, *overrides])
+    return cfg
+
+
+@pytest.fixture(autouse=True)
+def quiet_logs() -> Iterator[None]:
+    """Remove the handlers of fast-reid's loggers, which write to the console that pytest closes after each test."""
+    yield
+    for name in ("fastreid", "fastreid.csalr"):
+        logging.getLogger(name).handlers.clear()
+    vars(sys.modules["fastreid.utils.logger"])["setup_logger"].cache_clear()
+
+
+@pytest.fixture
+def root(tiny_data: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The root of the tiny data set, where fast-reid looks for it."""
+    monkeypatch.setenv("FASTREID_DATASETS", str(tiny_data / "market1501"))
+    return tiny_data
+
 
 SCRIPT = """
 from fastreid.config import get_cfg

@@ -6,9 +6,7 @@ script is run too.
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import logging
 import os
 import pickle
 import sys
@@ -20,7 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from fastreid_script import SCRIPT
+from fastreid_script import MISSING, SCRIPT, TINY, quiet_logs, root, settings  # noqa: F401  # two are fixtures
 from torch import nn
 from torch.nn import functional as F
 
@@ -31,19 +29,18 @@ from csalr_plugin.hosts import keys
 from csalr_plugin.models import MODEL_NAMES, build_model
 
 REPOSITORY = os.environ.get("FASTREID_REPO", "")
-for needed in ("fastreid", "faiss", "sklearn", "termcolor"):
-    if importlib.util.find_spec(needed) is None:
-        pytest.skip(f"fast-reid is not installed: there is no {needed}", allow_module_level=True)
+if MISSING:
+    pytest.skip(f"fast-reid is not installed: there is no {MISSING[0]}", allow_module_level=True)
 
 import csalr_plugin.hosts.fastreid as plugin
 from csalr_plugin.hosts.fastreid import compat
 from csalr_plugin.hosts.fastreid.config import _check_shares, own_config, validate
-from csalr_plugin.hosts.fastreid.meta_architecture import register
 from csalr_plugin.hosts.fastreid.hooks import TrainedLayers
+from csalr_plugin.hosts.fastreid.meta_architecture import register
 
 # isort: split
 import fastreid
-from fastreid.config import CfgNode, get_cfg
+from fastreid.config import get_cfg
 from fastreid.data import data_utils
 from fastreid.engine import DefaultPredictor
 from fastreid.engine.train_loop import SimpleTrainer
@@ -52,36 +49,6 @@ from fastreid.modeling.meta_arch import META_ARCH_REGISTRY
 from fastreid.solver import build_optimizer
 from fastreid.utils.checkpoint import Checkpointer
 from fastreid.utils.events import CommonMetricPrinter, EventStorage
-
-TINY = (
-    *("MODEL.DEVICE", "cpu", "MODEL.BACKBONE.PRETRAIN", "False", "CSALR.LANDMARKS", "2,2", "CSALR.STAGES", "3"),
-    *("INPUT.SIZE_TRAIN", "[64, 32]", "INPUT.SIZE_TEST", "[128, 64]", "DATALOADER.NUM_WORKERS", "0"),
-    *("SOLVER.IMS_PER_BATCH", "8", "SOLVER.BASE_LR", "0.001", "SOLVER.MAX_EPOCH", "1"),
-    *("SOLVER.CHECKPOINT_PERIOD", "1", "TEST.EVAL_PERIOD", "1"),
-)
-
-
-def settings(*overrides: Any, file: str = "pcb_384x128_sgd.yml") -> CfgNode:
-    cfg = get_cfg()
-    plugin.add_csalr_config(cfg)
-    cfg.merge_from_file(own_config(file))
-    cfg.merge_from_list([*TINY, *overrides])
-    return cfg
-
-
-@pytest.fixture(autouse=True)
-def quiet_logs() -> Iterator[None]:
-    """fast-reid's loggers write to the console that pytest closes after each test."""
-    yield
-    for name in ("fastreid", "fastreid.csalr"):
-        logging.getLogger(name).handlers.clear()
-    vars(sys.modules["fastreid.utils.logger"])["setup_logger"].cache_clear()
-
-
-@pytest.fixture
-def root(tiny_data: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("FASTREID_DATASETS", str(tiny_data / "market1501"))
-    return tiny_data
 
 
 @pytest.fixture
@@ -133,8 +100,8 @@ def test_keys_are_taken_in_any_case_and_the_model_under_both_names() -> None:
         (("CSALR.GROUP", "2"), "unknown config key 'CSALR.GROUP'. Did you mean 'CSALR.GROUPS'"),
         (("CSALR.LANDMARKS", "12"), "'CSALR.LANDMARKS' is '12'; it must be two positive integers"),
         (("CSALR.GROUPS",), "'CSALR.GROUPS' has no value"),
-        (("SOLVER.AMP.ENABLED", "1"), "'SOLVER.AMP.ENABLED' is 1; it must be true or false"),
-        (("SOLVER.MAX_EPOCH", "0"), "'SOLVER.MAX_EPOCH' is '0'; it must be an integer of at least 1"),
+        (("SOLVER.AMP.ENABLED", "1"), "'SOLVER.AMP.ENABLED' is '1'; it must be true or false"),
+        (("SOLVER.MAX_EPOCH", "0"), "'SOLVER.MAX_EPOCH' is '0'; it must be an integer from 1 to 1000000"),
         (("SOLVER", "1"), "'SOLVER' is a group of keys"),
         (("MODEL.LOSSES.NAME", "('Tripletloss',)"), "Did you mean 'TripletLoss'"),
     ],
@@ -151,7 +118,7 @@ def test_a_setting_that_cannot_be_is_one_line(overrides: tuple[str, ...], told: 
         (("MODEL.NAME", "pcb_cslr"), "Did you mean 'pcb_csalr'"),
         (("DATASETS.NAMES", "('Market1502',)"), "Did you mean 'Market1501'"),
         (("CSALR.GROUPS", "3"), "'CSALR.GROUPS' is 3, which does not divide"),
-        (("INPUT.SIZE_TRAIN", "[0, 0]"), "must be two positive integers"),
+        (("INPUT.SIZE_TRAIN", "[64]"), "must be two positive integers"),
         (("SOLVER.OPT", "Adan"), "Did you mean 'Adam'"),
         (("CSALR.ACCUMULATE", "2"), "inside fast-reid it must be 1"),
         (("CSALR.AMP", "fp16"), "SOLVER.AMP.ENABLED True"),
@@ -359,7 +326,7 @@ def test_a_checkpoint_is_read_as_data_and_never_in_part(tmp_path: Path) -> None:
     for name, told in (("other", "of another architecture"), ("code", "refused"), ("none", "is not a file")):
         with pytest.raises(UserError, match=told):
             Checkpointer(model).load(str(tmp_path / name))
-    with pytest.raises(UserError, match=r"--resume: .* is no checkpoint of this training"):
+    with pytest.raises(UserError, match="is no checkpoint of this training"):
         Checkpointer(model, optimizer=torch.optim.SGD(model.parameters(), lr=1)).load(str(tmp_path / "torchreid"))
     assert not (tmp_path / "ran").exists()
     with pytest.raises((pickle.UnpicklingError, UserError)):

@@ -5,7 +5,6 @@ Each run is a command of its own. With FASTREID_REPO, the path of a checkout of 
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import signal
@@ -18,26 +17,21 @@ from typing import Any
 
 import pytest
 import torch
-from fastreid_script import SCRIPT
+from fastreid_script import MISSING, SCRIPT
+from fastreid_script import TINY as TINY_SETTINGS
 
 from csalr_plugin.hosts.distributed import free_port
 from csalr_plugin.models import build_model
 
 REPOSITORY = os.environ.get("FASTREID_REPO", "")
-for needed in ("fastreid", "faiss", "sklearn", "termcolor"):
-    if importlib.util.find_spec(needed) is None:
-        pytest.skip(f"fast-reid is not installed: there is no {needed}", allow_module_level=True)
+if MISSING:
+    pytest.skip(f"fast-reid is not installed: there is no {MISSING[0]}", allow_module_level=True)
 
 PROJECT = Path(__file__).parents[1] / "projects" / "fastreid"
 CONFIG = ("--config-file", str(PROJECT / "configs" / "pcb_384x128_sgd.yml"))
 RPP_CONFIG = ("--config-file", str(PROJECT / "configs" / "pcb_rpp_384x128_sgd.yml"))
 TWO = ("--num-gpus", "0", "--num-processes", "2")
-TINY = (
-    *("MODEL.DEVICE", "cpu", "MODEL.BACKBONE.PRETRAIN", "False", "CSALR.LANDMARKS", "2,2", "CSALR.STAGES", "3"),
-    *("INPUT.SIZE_TRAIN", "[64, 32]", "INPUT.SIZE_TEST", "[64, 32]", "DATALOADER.NUM_WORKERS", "0"),
-    *("SOLVER.IMS_PER_BATCH", "16", "SOLVER.BASE_LR", "0.001", "SOLVER.MAX_EPOCH", "1"),
-    *("SOLVER.CHECKPOINT_PERIOD", "1", "TEST.EVAL_PERIOD", "1", "OUTPUT_DIR", "out"),
-)
+TINY = (*TINY_SETTINGS, "INPUT.SIZE_TEST", "[64, 32]", "SOLVER.IMS_PER_BATCH", "16", "OUTPUT_DIR", "out")
 
 # The Trainer with its model, optimizer and wrapper, fed with given batches and the same random state everywhere.
 STEPS = """

@@ -192,9 +192,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, saved: Any, path: str) -> N
             for name, index in zip(group["param_names"], group["params"], strict=True)
         }
         if set(named) - set(places):
-            raise UserError(
-                f"--resume: {path!r} has the optimizer of other parameters."
-            )
+            raise UserError(f"--resume: {path!r} has the optimizer of other parameters.")
         saved = {
             "state": {places[name]: state for name, state in named.items()},
             "param_groups": now["param_groups"],
