@@ -9,7 +9,6 @@ import importlib.util
 import logging
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -47,13 +46,6 @@ def quiet_logs() -> Iterator[None]:
     for name in ("fastreid", "fastreid.csalr"):
         logging.getLogger(name).handlers.clear()
     vars(sys.modules["fastreid.utils.logger"])["setup_logger"].cache_clear()
-
-
-@pytest.fixture
-def root(tiny_data: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The root of the tiny data set, where fast-reid looks for it."""
-    monkeypatch.setenv("FASTREID_DATASETS", str(tiny_data / "market1501"))
-    return tiny_data
 
 
 SCRIPT = """

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from fastreid_script import MISSING, SCRIPT, TINY, quiet_logs, root, settings  # noqa: F401  # two are fixtures
+from fastreid_script import MISSING, SCRIPT, TINY, quiet_logs, settings  # noqa: F401  # a fixture
 from torch import nn
 from torch.nn import functional as F
 
@@ -49,6 +49,12 @@ from fastreid.modeling.meta_arch import META_ARCH_REGISTRY
 from fastreid.solver import build_optimizer
 from fastreid.utils.checkpoint import Checkpointer
 from fastreid.utils.events import CommonMetricPrinter, EventStorage
+
+
+@pytest.fixture
+def root(tiny_data: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("FASTREID_DATASETS", str(tiny_data / "market1501"))
+    return tiny_data
 
 
 @pytest.fixture

@@ -347,8 +347,6 @@ class _ClipGradients:
             raise _GradientError(f"gradient norm = {norm}")
 
 
-
-
 def _without_trace(record: logging.LogRecord) -> bool:
     """Return whether a record goes into the log: not the stack trace of an error that is told in one line."""
     error = record.exc_info[1] if record.exc_info else None
