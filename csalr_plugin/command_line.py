@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
-from csalr_plugin.errors import SharedError, UserError, shown
+from csalr_plugin.errors import SharedError, UserError, one_line, shown
 from csalr_plugin.hosts.keys import Check, integer
 
 # Exit codes: a user's mistake; Ctrl-C and a closed pipe as a shell reports them (128 + number of the signal).
@@ -98,11 +98,11 @@ def exit_code(prog: str, command: Callable[[], object]) -> int:
         return 0
     except UserError as error:
         if rank == "0":
-            _report(f"{prog}: error: {_message(error)}")
+            _report(f"{prog}: error: {one_line(error)}")
         elif isinstance(error, SharedError):
             time.sleep(1)  # torchrun ends the first process when this one ends: let it print the error before
         else:
-            _report(f"{prog}: error: in process {rank}: {_message(error)}")
+            _report(f"{prog}: error: in process {rank}: {one_line(error)}")
         return MISTAKE
     except KeyboardInterrupt:
         if rank == "0":
@@ -131,9 +131,3 @@ def _output_is_closed() -> bool:
             # Python flushes both streams once more when it exits.
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
     return closed
-
-
-def _message(error: UserError) -> str:
-    """Return the message alone, also when a data loader's worker wrapped it in a stack trace."""
-    lines = str(error).strip().splitlines() or [""]
-    return lines[-1].removeprefix(f"{UserError.__module__}.{UserError.__qualname__}: ")

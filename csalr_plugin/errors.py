@@ -35,6 +35,12 @@ def first_line(error: BaseException | str) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
+def one_line(error: UserError) -> str:
+    """Return the message of an error, also when a data loader's worker wrapped it in its stack trace."""
+    lines = str(error).strip().splitlines() or [""]
+    return lines[-1].removeprefix(f"{UserError.__module__}.{UserError.__qualname__}: ")
+
+
 def shown(value: object) -> str:
     """Return ``repr(value)`` for a message: one line, cut in the middle to 80 characters."""
     short = reprlib.Repr()

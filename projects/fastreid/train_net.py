@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import signal
 import sys
 from typing import Any
@@ -12,7 +11,7 @@ from typing import Any
 if __name__ == "__main__":  # Ctrl-C during the imports, which take seconds, ends the process without a stack trace
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
-from csalr_plugin.errors import UserError
+from csalr_plugin.command_line import exit_code
 
 # Before fast-reid: this makes fast-reid importable on today's Python and torch.
 from csalr_plugin.hosts.fastreid import Trainer, add_csalr_config
@@ -48,25 +47,19 @@ def main(args: argparse.Namespace) -> Any:
     return trainer.train()
 
 
+def run() -> None:
+    """Read the flags, and call `main` in every process."""
+    args = default_argument_parser().parse_args()
+    launch(
+        main,
+        args.num_gpus,
+        num_machines=args.num_machines,
+        machine_rank=args.machine_rank,
+        dist_url=args.dist_url,
+        args=(args,),
+    )
+
+
 if __name__ == "__main__":
-    try:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        args = default_argument_parser().parse_args()
-        launch(
-            main,
-            args.num_gpus,
-            num_machines=args.num_machines,
-            machine_rank=args.machine_rank,
-            dist_url=args.dist_url,
-            args=(args,),
-        )
-        sys.stdout.flush()
-    except UserError as error:
-        print(f"train_net.py: error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("train_net.py: interrupted", file=sys.stderr)
-        sys.exit(130)
-    except BrokenPipeError:  # the reader of a pipe has ended, as "| head -3" does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that Python's last flush succeeds
-        sys.exit(141)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    sys.exit(exit_code("train_net.py", run))

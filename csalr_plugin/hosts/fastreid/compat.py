@@ -22,7 +22,6 @@ from torch.utils.data import DataLoader
 from torchvision import transforms
 from torchvision.transforms import InterpolationMode, RandomResizedCrop, Resize
 
-from csalr_plugin.errors import UserError
 from csalr_plugin.extras import needs
 from csalr_plugin.hosts.data import CUHK_SYSU, DUKEMTMC, MARKET1501, VERI, NameRule, named_images, padded
 from csalr_plugin.hosts.folder import is_own, read_own

@@ -12,6 +12,8 @@ import torch
 from fastreid.config import CfgNode
 from fastreid.config.config import BASE_KEY
 from fastreid.data.datasets import DATASET_REGISTRY
+from fastreid.modeling.backbones import BACKBONE_REGISTRY
+from fastreid.modeling.heads import REID_HEADS_REGISTRY
 from fastreid.modeling.meta_arch import META_ARCH_REGISTRY
 
 import csalr_plugin
@@ -141,8 +143,12 @@ def validate(cfg: CfgNode) -> None:
     """
     ours = cfg.CSALR
     keys.check_groups(ours.GROUPS, ours.KEY_RATIO, tuple(ours.STAGES), node="CSALR")
-    models = tuple(META_ARCH_REGISTRY._obj_map)
-    _check_name("MODEL.META_ARCHITECTURE", cfg.MODEL.META_ARCHITECTURE, models)
+    _check_name("MODEL.META_ARCHITECTURE", cfg.MODEL.META_ARCHITECTURE, META_ARCH_REGISTRY)
+    if cfg.MODEL.META_ARCHITECTURE not in MODEL_NAMES:
+        _check_name("MODEL.BACKBONE.NAME", cfg.MODEL.BACKBONE.NAME, BACKBONE_REGISTRY)
+        _check_name("MODEL.HEADS.NAME", cfg.MODEL.HEADS.NAME, REID_HEADS_REGISTRY)
+    if cfg.TEST.PRECISE_BN.ENABLED and not is_own(cfg.TEST.PRECISE_BN.DATASET):
+        _check_name("TEST.PRECISE_BN.DATASET", cfg.TEST.PRECISE_BN.DATASET, DATASET_REGISTRY, "folder:PATH")
     for key in ("SIZE_TRAIN", "SIZE_TEST"):
         size = cfg.INPUT[key]
         if cfg.MODEL.META_ARCHITECTURE in MODEL_NAMES and (len(size) != 2 or min(size) < 1):
@@ -151,7 +157,7 @@ def validate(cfg: CfgNode) -> None:
     for key in ("NAMES", "TESTS"):
         for name in cfg.DATASETS[key]:
             if not is_own(name):
-                _check_name(f"DATASETS.{key}", name, (*DATASET_REGISTRY._obj_map, "folder:PATH"))
+                _check_name(f"DATASETS.{key}", name, DATASET_REGISTRY, "folder:PATH")
     for key, (only, reason) in _LEFT_TO_THE_HOST.items():
         value: Any = ours
         for part in key.split("."):
@@ -229,10 +235,12 @@ def _check_shares(cfg: CfgNode, processes: int) -> None:
         )
 
 
-def _check_name(key: str, name: str, allowed: tuple[str, ...]) -> None:
+def _check_name(key: str, name: str, registry: Any, *more: str) -> None:
+    """Check that `name` is in one of fast-reid's registries or a tuple of names, or one of `more`."""
+    allowed = (*(registry if isinstance(registry, tuple) else registry._obj_map), *more)
     if name not in allowed:
         raise UserError(
-            f"config key '{key}' is '{name}'; it must be one of {', '.join(allowed)}.{suggest(name, allowed)}"
+            f"config key '{key}' is {shown(name)}; it must be one of {', '.join(allowed)}.{suggest(name, allowed)}"
         )
 
 

@@ -71,6 +71,7 @@ def check_data(cfg: CfgNode) -> None:
             raise UserError(f"FASTREID_DATASETS '{data_root()}': dataset {name} has no training images.")
         if as_target:
             check_evaluation(name, query, gallery)
+            _check_neighbours(cfg, name, len(query) + len(gallery))
         identities |= {item[1] for item in train if as_source}
         used = [*(train if as_source else ()), *((*query, *gallery) if as_target else ())]
         paths |= dict.fromkeys(item[0] for item in used)
@@ -87,7 +88,22 @@ def check_target(cfg: CfgNode, name: str) -> None:
     """
     if is_own(name):
         read_own(name).check(False, True, cfg.CSALR.SHARED_IDENTITIES, "CSALR.SHARED_IDENTITIES")
-    check_evaluation(name, *_read(name, False)[1:])
+    _, query, gallery = _read(name, False)
+    check_evaluation(name, query, gallery)
+    _check_neighbours(cfg, name, len(query) + len(gallery))
+
+
+def _check_neighbours(cfg: CfgNode, name: str, images: int) -> None:
+    """Check that a search for the nearest images finds as many as it asks for; otherwise faiss returns wrong images."""
+    for key, enabled, value in (
+        ("AQE.QE_K", cfg.TEST.AQE.ENABLED, cfg.TEST.AQE.QE_K),
+        ("RERANK.K1", cfg.TEST.RERANK.ENABLED, cfg.TEST.RERANK.K1),
+    ):
+        if enabled and value >= images:
+            raise UserError(
+                f"config key 'TEST.{key}' is {value}; it must be less than {images}, the query and gallery images of "
+                f"{name}."
+            )
 
 
 def _check_own(cfg: CfgNode, name: str, as_source: bool, as_target: bool) -> None:

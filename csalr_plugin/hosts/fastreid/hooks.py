@@ -76,9 +76,11 @@ class TrainedLayers(HookBase):  # type: ignore[misc]  # fast-reid carries no typ
             for parameter in module.parameters(recurse=False):
                 parameter.requires_grad_(trains and parameter in self.trainable)
                 counts[trains] += 1
-        if self.iterations and self.trainer.iter in (self.trainer.start_iter, self.iterations):
-            until = f"until iteration {self.iterations}" if frozen else "no longer"
-            logger.info(f"Frozen layers: {counts[False]} of {sum(counts.values())} weights do not train {until}")
+        if frozen and self.trainer.iter == self.trainer.start_iter:
+            total = sum(counts.values())
+            logger.info(f"Freezing {counts[False]} of {total} weights for the first {self.iterations} iterations")
+        if self.iterations and self.trainer.iter == self.iterations:
+            logger.info(f"Training the layers that were frozen for {self.iterations} iterations")
 
 
 def frozen_layers(network: nn.Module, names: Sequence[str]) -> list[re.Pattern[str]]:
@@ -109,7 +111,7 @@ def frozen_layers(network: nn.Module, names: Sequence[str]) -> list[re.Pattern[s
             paths = [path for path, _ in network.named_modules() if path]
             raise UserError(
                 f"config key 'MODEL.FREEZE_LAYERS' has {name!r}, which is no layer of this network; give some of "
-                f"{', '.join(allowed)}, or layers inside them.{suggest(name, [*allowed, *paths])}"
+                f"{', '.join(allowed)}, or layers inside them.{suggest(name, dict.fromkeys([*allowed, *paths]))}"
             )
         patterns.append(pattern)
     if patterns and all(any(pattern.match(name) for pattern in patterns) for name in parameters):

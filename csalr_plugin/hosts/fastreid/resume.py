@@ -121,7 +121,7 @@ def last_checkpoint(folder: str) -> str:
     name = tag.read_text(encoding="utf-8", errors="replace").strip()
     path = os.path.join(folder, name)
     if not name or not os.path.isfile(path):
-        others = sorted(str(file) for file in Path(folder).glob("*.pth"))
+        others = sorted(file.name for file in Path(folder).glob("*.pth"))
         hint = f"write the name of one of these into it: {', '.join(others[-3:])}" if others else "there is none left"
         raise UserError(f"--resume: {str(tag)!r} names {shown(name)}, which is no checkpoint in this folder; {hint}.")
     return path

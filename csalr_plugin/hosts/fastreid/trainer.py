@@ -25,7 +25,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from csalr_plugin.attention.batch_norm import synchronise, world_size
-from csalr_plugin.errors import UserError
+from csalr_plugin.errors import UserError, first_line, one_line
 from csalr_plugin.files import remove_unfinished, write_json
 from csalr_plugin.hosts.distributed import gathered, is_lost, is_main, one_first, share_buffers, together
 from csalr_plugin.hosts.fastreid.config import validate
@@ -79,6 +79,20 @@ class Trainer(DefaultTrainer):  # type: ignore[misc]  # fast-reid carries no typ
             clip = _ClipGradients(network, cfg.CSALR.CLIP_GRADIENT)
             self.optimizer.register_step_pre_hook(clip)
 
+    @staticmethod
+    def auto_scale_hyperparams(cfg: CfgNode, num_classes: int) -> CfgNode:
+        """Set MODEL.HEADS.NUM_CLASSES to the number of training identities where it is 0.
+
+        Raises:
+            UserError: it is less than that number.
+        """
+        if 0 < cfg.MODEL.HEADS.NUM_CLASSES < num_classes:
+            raise UserError(
+                f"config key 'MODEL.HEADS.NUM_CLASSES' is {cfg.MODEL.HEADS.NUM_CLASSES}; it must be 0 or at least "
+                f"{num_classes}, the training identities of {', '.join(cfg.DATASETS.NAMES)}."
+            )
+        return DefaultTrainer.auto_scale_hyperparams(cfg, num_classes)
+
     @classmethod
     def build_train_loader(cls, cfg: CfgNode) -> Any:
         """The host's loader, from the dataset root that the environment names now, not when it was imported.
@@ -128,7 +142,13 @@ class Trainer(DefaultTrainer):  # type: ignore[misc]  # fast-reid carries no typ
         if str(cfg.MODEL.DEVICE).startswith("cuda") and not torch.cuda.is_available():
             logger.info("There is no CUDA: MODEL.DEVICE becomes cpu")
             cfg.MODEL.DEVICE = "cpu"
-        model: nn.Module = one_first(partial(super().build_model, cfg))
+        try:
+            model: nn.Module = one_first(partial(super().build_model, cfg))
+        except KeyError as error:  # such as an unknown MODEL.BACKBONE.DEPTH
+            raise UserError(
+                f"fast-reid cannot build {cfg.MODEL.META_ARCHITECTURE}: {first_line(error)} is not known; check "
+                "the keys of MODEL.BACKBONE and MODEL.HEADS."
+            ) from error
         if isinstance(model, PCB):
             gmacs = count_gmacs(model.eval(), *cfg.INPUT.SIZE_TEST)
             model.train()
@@ -267,7 +287,7 @@ class Trainer(DefaultTrainer):  # type: ignore[misc]  # fast-reid carries no typ
                 self.checkpointer.save(f"model_{self.epoch:04d}", epoch=self.epoch, metric=-1.0)
             if isinstance(error, UserError):
                 raise UserError(
-                    f"The evaluation after epoch {self.epoch + 1} failed, and {self._how_to_go_on()}: {error}"
+                    f"The evaluation after epoch {self.epoch + 1} failed, and {self._how_to_go_on()}: {one_line(error)}"
                 ) from error
             raise
 
@@ -280,7 +300,11 @@ class Trainer(DefaultTrainer):  # type: ignore[misc]  # fast-reid carries no typ
 
     @classmethod
     def test(cls, cfg: CfgNode, model: nn.Module) -> Any:
-        """Evaluate the first process's model as the host does, and write the results to OUTPUT_DIR/results.json."""
+        """Evaluate the first process's model as the host does, and write the results to OUTPUT_DIR/results.json.
+
+        Raises:
+            UserError: a data set cannot be used.
+        """
         share_buffers(model)
         results = super().test(cfg, model)
         if comm.is_main_process() and cfg.OUTPUT_DIR:
