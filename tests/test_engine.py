@@ -507,7 +507,7 @@ def test_a_compiled_network_trains_saves_resumes_and_embeds_as_one_that_is_not(
     assert len(graphs) == 1
     assert_same_weights(plain, compiled, rtol=1e-4, atol=1e-6)
     compiled._save_interrupted()
-    path = str(tmp_path / "model" / "model.pth.tar-0-batch0")
+    path = str(tmp_path / "model" / "model.pth.tar-0-batch1")
     for engine in (plain, compiled):
         resume_from_checkpoint(path, engine.model, engine.optimizer)
     assert compiled.iteration(batch, 1) == pytest.approx(plain.iteration(batch, 1), rel=1e-4)

@@ -181,7 +181,7 @@ def test_a_folder_of_images_is_a_data_set_of_the_hosts_script(
     name = f"folder:{data / 'market1501' / 'Market-1501-v15.09.15'}"
     run_script(script, ["-s", name, "-t", name, *arguments[6:], "data.root", "nowhere", "test.evaluate", "True"])
     out = capsys.readouterr().out
-    assert out.count("identities") == 1 and f"** Results on {name} **" in out
+    assert out.count("identities") == 1 and f"##### Evaluating {name} (source) #####" in out
     assert len(list((tmp_path / "log").glob("results_folder_*.json"))) == 1
 
 

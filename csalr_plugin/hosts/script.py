@@ -1,9 +1,10 @@
-"""Runs a script as Python would, in this process, and leaves the process as it was."""
+"""Running a script in this process as Python would, and restoring the process afterwards."""
 
 from __future__ import annotations
 
 import importlib
 import importlib.util
+import os
 import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,7 +22,7 @@ def find_script(path: str | Path) -> Path:
     Raises:
         UserError: there is no such file, or it is not a Python script.
     """
-    script = Path(path)
+    script = Path(os.path.expanduser(path))
     try:
         compile(script.read_bytes(), str(script), "exec")
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:  # the last three: not a text file
@@ -37,21 +38,26 @@ def find_script(path: str | Path) -> Path:
 
 
 def execute(script: Path, argv: Sequence[str]) -> None:
-    """Run `script` with ``sys.argv`` as given, the name by which it was called first."""
+    """Run `script`.
+
+    Args:
+        script: its path.
+        argv: ``sys.argv`` of the script: the name by which it was called, then its arguments.
+    """
     sys.argv = list(argv)
-    # Not runpy: the module __main__ stays what it is, so that workers which are not forked start as
-    # they do for the command itself, with the plugin, and do not run the script again.
+    # Not runpy: the module __main__ is not replaced, so that workers which are not forked start as they do for the
+    # command itself, with the plugin, and do not run the script again.
     names = {"__name__": "__main__", "__file__": str(script), "__builtins__": __builtins__}
     exec(compile(script.read_bytes(), str(script), "exec"), names)
 
 
 @contextmanager
 def interpreter_state(folder: Path, *modules: str) -> Iterator[None]:
-    """Put `folder` first on the module path, and afterwards all that a script changes back as it was.
+    """Put `folder` first on the module path; afterwards restore everything that a script changes.
 
     Args:
-        folder: the script's.
-        modules: names of modules that lie in `folder`: imported anew, whatever bore the name before.
+        folder: the script's folder.
+        modules: names of modules in `folder`; they are imported anew, even if modules of these names are loaded.
     """
     kept = sys.argv, sys.path[:], sys.stdout
     kept_modules = {name: sys.modules.pop(name) for name in modules if name in sys.modules}
@@ -60,7 +66,7 @@ def interpreter_state(folder: Path, *modules: str) -> Iterator[None]:
     try:
         yield
     finally:
-        sys.stdout.flush()  # the script's log, before it is let go
+        sys.stdout.flush()  # the script's log
         sys.argv, sys.path[:], sys.stdout = kept
         for name in modules:
             sys.modules.pop(name, None)
@@ -68,7 +74,7 @@ def interpreter_state(folder: Path, *modules: str) -> Iterator[None]:
 
 
 def find_host(name: str, script: Path) -> None:
-    """Make the host importable from the repository that `script` is in, one folder up, if it is not installed."""
+    """Make the host importable from the repository of `script`, one folder up, if it is not installed."""
     checkout = script.parent.parent
     if importlib.util.find_spec(name) is None and (checkout / name / "__init__.py").is_file():
         sys.path.insert(1, str(checkout))
@@ -76,14 +82,14 @@ def find_host(name: str, script: Path) -> None:
 
 
 def imports(name: str, script: Path) -> bool:
-    """Whether `script` imports the package `name`; its text is looked at, nothing is run."""
+    """Return whether the text of `script` imports the package `name`; nothing is run."""
     text = script.read_text(encoding="utf-8", errors="replace") if script.is_file() else ""
     return re.search(rf"^\s*(from|import) {name}\b", text, re.MULTILINE) is not None
 
 
 @contextmanager
 def replaced(module: ModuleType, functions: Mapping[str, Any]) -> Iterator[None]:
-    """Let `module` have other functions under the names given, for the length of a with statement."""
+    """Replace functions of `module` by others inside a with statement, by name."""
     kept = {name: getattr(module, name) for name in functions}
     vars(module).update(functions)
     try:

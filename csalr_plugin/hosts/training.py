@@ -1,27 +1,49 @@
-"""Helpers of training that every host needs: unwrapping a parallel model, keeping freed memory."""
+"""Helpers of training that every host needs: unwrapping a parallel model, freed memory, causes of a failure."""
 
 from __future__ import annotations
 
 import ctypes
 from contextlib import suppress
 
+import torch
 from torch import nn
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside a DataParallel or DistributedDataParallel, or the model itself."""
+    """Return the model inside a DataParallel or DistributedDataParallel, or the model itself."""
     wrappers = (nn.DataParallel, nn.parallel.DistributedDataParallel)
     return model.module if isinstance(model, wrappers) else model
 
 
 def keep_freed_memory() -> None:
-    """Ask the C library, from now on and in this process, to keep the memory that is freed.
+    """Make the C library keep freed memory, in this process and from now on.
 
-    glibc gives each block above 32 MB back to the system, which hands it out again page by page: on a CPU 4 % of a
-    training step (384x128, batch 8). Results do not depend on it. A GPU's memory is kept by torch.
+    glibc returns each block above 32 MB to the system, which then provides it again page by page: on a CPU 4 % of a
+    training step (384x128, batch 8). Results do not depend on it. torch keeps a GPU's memory by itself.
     """
     trim_threshold, most_mapped = -1, -4  # M_TRIM_THRESHOLD and M_MMAP_MAX of malloc.h
     with suppress(OSError, AttributeError):  # another C library
         library = ctypes.CDLL(None)
         library.mallopt(most_mapped, 0)
         library.mallopt(trim_threshold, 2**31 - 1)
+
+
+def machine_failure(error: BaseException) -> str:
+    """Describe an error that the machine caused and not the program: lack of memory, a killed worker; else empty."""
+    text = str(error)
+    if "DataLoader worker" in text:
+        return (
+            "a data loader's worker process was killed, often by the system for lack of memory; a smaller data.workers "
+            "(DATALOADER.NUM_WORKERS) takes less"
+        )
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "DefaultCPUAllocator" in text:
+        return (
+            "memory is exhausted; a smaller batch takes less, and csalr.accumulate makes one optimizer step of several "
+            "batches"
+        )
+    return ""
+
+
+def single_image_batch(error: BaseException) -> bool:
+    """Return whether `error` is a batch norm's, for a training batch with one value per channel."""
+    return isinstance(error, ValueError) and "more than 1 value per channel" in str(error)

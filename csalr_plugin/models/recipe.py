@@ -62,8 +62,13 @@ class LossTerms:
     supervision_weight: float
 
     def with_triplet(self, triplet: Tensor, identity_weight: float, triplet_weight: float) -> LossTerms:
-        """Return the terms with L_F = identity_weight * L_F + triplet_weight * triplet."""
-        return replace(self, main=identity_weight * self.main + triplet_weight * triplet)
+        """Return the terms with L_F = identity_weight * L_F + triplet_weight * triplet.
+
+        A loss of weight 0 is left out: layers that serve it alone get no gradient, and so no weight decay.
+        """
+        weighted = [(identity_weight, self.main), (triplet_weight, triplet)]
+        parts = [weight * loss for weight, loss in weighted if weight]
+        return replace(self, main=sum(parts[1:], parts[0]))
 
     def weighted_branches(self) -> dict[str, Tensor]:
         """Return lambda * L_DS_i by the name of its block."""

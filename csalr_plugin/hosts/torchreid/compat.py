@@ -40,6 +40,7 @@ def apply() -> None:
         find_own_data,
         leave_console_open,
         rank_small_galleries,
+        count_every_product,
     ):
         mend(torchreid)
 
@@ -213,6 +214,31 @@ def rank_small_galleries(torchreid: ModuleType) -> None:
     """
     if getattr(torchreid.metrics.evaluate_rank, "__module__", None) != padded.__module__:
         _replace(padded(torchreid.metrics.evaluate_rank), torchreid.metrics, torchreid.metrics.rank)
+
+
+def count_every_product(torchreid: ModuleType) -> None:
+    """Count all parameters and products of the plugin's models; the host counts those of layers alone.
+
+    Its `compute_model_complexity` misses the matrix products of attention, and gives every model of the plugin the
+    parameters and operations of PCB.
+    """
+    module = torchreid.utils.model_complexity
+    host_count = module.compute_model_complexity
+    if getattr(host_count, "__module__", None) == __name__:
+        return
+
+    def compute_model_complexity(
+        model: Any, input_size: Any, verbose: bool = False, only_conv_linear: bool = True
+    ) -> tuple[int, int]:
+        from csalr_plugin.models import PCB
+        from csalr_plugin.models.cost import count_gmacs, count_parameters
+
+        if not isinstance(model, PCB):
+            result: tuple[int, int] = host_count(model, input_size, verbose, only_conv_linear)
+            return result
+        return count_parameters(model), round(count_gmacs(model, *input_size[-2:]) * 1e9)
+
+    _replace(compute_model_complexity, module, torchreid.utils)
 
 
 def _replace(function: Callable[..., Any], *modules: ModuleType) -> None:

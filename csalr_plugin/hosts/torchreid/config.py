@@ -226,6 +226,18 @@ class Config(CheckedConfig):
         """
         self.merge_from_other_cfg(read_yaml(find_config(cfg_filename)))
 
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """The default of every setting, ``{dotted key: value}``."""
+        defaults: dict[str, Any] = self.__dict__["_defaults"]
+        return defaults
+
+    @property
+    def origins(self) -> list[str]:
+        """Lines for the log: the source of each setting on which the user and a resumed checkpoint differ."""
+        lines: list[str] = self.__dict__.setdefault("_origins", [])
+        return lines
+
     def keyword_arguments(self, table: Mapping[str, str]) -> dict[str, Any]:
         """Return the keyword arguments that one of this module's tables describes."""
         return {name: self.lookup(key) for name, key in table.items()}
@@ -384,7 +396,9 @@ def default_config() -> Config:
 
 def with_plugin_keys(host: Mapping[str, Any]) -> Config:
     """Return a `Config` of the host's settings and the plugin's node `csalr`."""
-    return Config({**_plain(host), "csalr": keys.defaults()})
+    config = Config({**_plain(host), "csalr": keys.defaults()})
+    config.__dict__["_defaults"] = config.leaves()
+    return config
 
 
 def _plain(tree: Mapping[str, Any]) -> dict[str, Any]:

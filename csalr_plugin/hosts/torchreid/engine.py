@@ -1,15 +1,13 @@
-"""The host's engines, optimising Eq. 18, resuming where they stopped, and saying what happens."""
+"""The host's engines with the plugin's training: Eq. 18, exact resuming, a checkpoint per epoch."""
 
 from __future__ import annotations
 
 import contextlib
-import json
 import math
-import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
 from types import FrameType
@@ -20,38 +18,50 @@ import torch
 import torchreid
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.tensorboard.writer import SummaryWriter
 from tqdm import tqdm
 
 from csalr_plugin.errors import SharedError, UserError, first_line
+from csalr_plugin.files import complete_file, write_json
 from csalr_plugin.hosts import distributed
+from csalr_plugin.hosts.config import recordable
 from csalr_plugin.hosts.folder import file_stem
-from csalr_plugin.hosts.torchreid.config import active_config
-from csalr_plugin.hosts.torchreid.loading import draw_from, evaluation_loader, training_loader
-from csalr_plugin.hosts.torchreid.monitor import Monitor
+from csalr_plugin.hosts.torchreid.config import active_config, training_keys
+from csalr_plugin.hosts.torchreid.loading import (
+    check_batches,
+    check_tracklets,
+    draw_from,
+    evaluation_loader,
+    training_loader,
+)
+from csalr_plugin.hosts.torchreid.monitor import Monitor, Writer, never_fatal
 from csalr_plugin.hosts.torchreid.ranking import evaluate_rank
-from csalr_plugin.hosts.training import keep_freed_memory, unwrapped
+from csalr_plugin.hosts.training import keep_freed_memory, machine_failure, single_image_batch, unwrapped
 from csalr_plugin.models import recipe
+
+PROGRESS = ("batches_done", "images", "scaler")
+"""Entries of an optimizer's parameter groups that describe how far an epoch is; the host's resuming keeps them."""
 
 
 @cache
 def plugin_engine(host_engine: type) -> type:
-    """The host's engine class with this plugin's training, for example of ``torchreid.engine.ImageSoftmaxEngine``.
+    """Return the host's engine class with this plugin's training, e.g. of ``torchreid.engine.ImageSoftmaxEngine``.
 
-    The signature stays the host's. Models that are not the plugin's keep the host's loss, and gain exact
-    resuming, a checkpoint an epoch, and evaluation results as a file.
+    The signature is the host's. Models of the host keep its loss, and gain exact resuming, a checkpoint per epoch,
+    and evaluation results as a file.
     """
     return type(f"Plugin{host_engine.__name__}", (_PluginTraining, host_engine), {})
 
 
-_HostEngine: Any = object  # in what `plugin_engine` makes, the host's engine comes next
+_HostEngine: Any = object  # `plugin_engine` puts the host's engine in its place
 
 
 class _StopBetweenBatches(KeyboardInterrupt):
-    """Ctrl-C, once the batch that it came in is done: weights and optimizer are whole."""
+    """Ctrl-C after the batch during which it came: weights and optimizer state are consistent."""
 
 
 class _PluginTraining(_HostEngine):
-    """What :func:`plugin_engine` puts before a host's engine. Settings come from the active config."""
+    """The methods that :func:`plugin_engine` adds to a host's engine. Settings come from the active config."""
 
     model: Any
     train_loader: Any
@@ -60,6 +70,8 @@ class _PluginTraining(_HostEngine):
         super().__init__(*args, **kwargs)
         config = active_config()
         self.settings = config.csalr
+        self.recorded = recordable({key: config.lookup(key) for key in training_keys(config)})
+        self.resumed_from: str = config.model.resume
         self.seed: int = config.train.seed
         self.network = unwrapped(self.model)
         self.blocks = recipe.attention_blocks(self.network)
@@ -76,22 +88,21 @@ class _PluginTraining(_HostEngine):
         self.save_dir = Path(config.data.save_dir)
         self.results: dict[str, dict[str, float]] = {}
         self.monitor = Monitor(self)
-        self._rolling: Path | None = None
-        self._stopped_at = 0.0  # when this process was asked to stop
-        self._stops = False  # after this batch, as all processes do
-        self._batches_done = 0  # of this epoch, before the stop that this run resumes from
-        self._completed = 0  # of this epoch, by now: those whose gradients have made a step
-        self._buffers_before: dict[str, Tensor] = {}  # a step that several batches make, while they do
+        self._rolling: Path | None = None  # the newest epoch's checkpoint, unless that epoch was evaluated
+        self._stopped_at = 0.0  # the time at which this process was asked to stop
+        self._stops = False  # all processes stop after this batch
+        self._batches_done = 0  # batches of this epoch that were trained before the checkpoint that was resumed
+        self._completed = 0  # batches of this epoch whose gradients are in the weights
+        self._stepping = False  # weights are being changed
+        self._buffers_before: dict[str, Tensor] = {}  # buffers before the first batch of an incomplete step
 
     def forward_backward(self, data: dict[str, Any]) -> dict[str, float]:
-        """One step of the host's loop: returns what is printed and goes to TensorBoard."""
-        if self.batch_idx < self._batches_done:  # trained before the stop that this run resumes from
+        """Train on one batch of the host's loop; return the numbers that are printed and go to TensorBoard."""
+        if self.batch_idx < self._batches_done:  # trained before the checkpoint that was resumed
             summary = {}
         else:
             draw_from(self.seed, self.epoch, self.batch_idx, "model")
             summary = self.iteration(data, self.epoch * self.num_batches + self.batch_idx)
-        if self.batch_idx == self._step_of(self.batch_idx)[1][-1]:
-            self._completed = self.batch_idx + 1
         if self._stops:
             raise _StopBetweenBatches
         return summary
@@ -101,16 +112,16 @@ class _PluginTraining(_HostEngine):
 
         Args:
             data: the batch.
-            number: of the iteration, counted from 0 over the whole training; sets the warm-up, and which batches'
-                gradients make one optimizer step (`csalr.accumulate`).
+            number: the iteration, counted from 0 over the whole training. It sets the warm-up, and which batches
+                form one optimizer step (`csalr.accumulate`).
 
         Returns:
             "loss", each term of Eq. 18, each block's "alpha", and "acc", the accuracy of the parts' vote in per
-            cent; with fp16 "loss_scale" too.
+            cent; with fp16 also "loss_scale".
 
         Raises:
-            UserError: a term or a gradient is not finite; the weights are those from before the batch. With fp16
-                gradients may overflow, as long as a smaller loss scale can help: the step is then left out.
+            UserError: a term or a gradient is not finite; the weights are those before the batch. With fp16,
+                gradients may overflow as long as a smaller loss scale can help: that step is left out.
         """
         images, identities = self.parse_data_for_train(data)
         images, identities = self._on_device(images), identities.to(self.device, non_blocking=True)
@@ -118,15 +129,15 @@ class _PluginTraining(_HostEngine):
         batch = number % len(self.train_loader)
         if batch == batches[0]:
             self.optimizer.zero_grad()
-            if len(batches) > 1 or distributed.world_size() > 1:
+            if len(batches) > 1 or distributed.world_size() > 1 or self.train_loader.num_workers:
                 self._buffers_before = {name: value.clone() for name, value in self.network.named_buffers()}
         complete = batch == batches[-1]
         with self._exchanged(complete):
             with self._forward():
                 outputs = self.model(images)
-            logits, features = outputs if isinstance(outputs, tuple) else (outputs, None)
-            logits = [one.float() for one in logits] if isinstance(logits, list) else logits.float()
-            terms, loss = self.loss_terms(logits, None if features is None else features.float(), identities)
+            logits, features = outputs if hasattr(self, "criterion_t") else (outputs, ())
+            logits, features = ([one.float() for one in _as_list(given)] for given in (logits, features))
+            terms, loss = self.loss_terms(logits, features, identities)
             self.scaler.scale(loss / len(batches)).backward()  # type: ignore[no-untyped-call]
         vote = recipe.vote(self.network, logits)
         watched = {"loss": loss, **terms, "acc": torchreid.metrics.accuracy(vote, identities)[0]}
@@ -135,16 +146,19 @@ class _PluginTraining(_HostEngine):
             watched["gradient norm"] = recipe.clip_gradients(self.network, self.settings.clip_gradient)
         watched["stops"] = float(self._stopped)
         values = distributed.means(watched)
-        self._stops = values["stops"] > 0  # so all stop after the same batch
+        self._stops = values["stops"] > 0  # so all processes stop after the same batch
         summary = {name: values[name] for name in ("loss", *terms)}
         self._require_finite(summary, images, number)
         if complete:
             norm = values["gradient norm"]
-            # The scaler leaves out a step that overflowed, and halves the scale; from 1 on that is no help.
+            # The scaler leaves out a step that overflowed and halves the scale; at a scale of 1 that no longer helps.
             if math.isfinite(norm) or not self.scaler.is_enabled() or self.scaler.get_scale() <= 1:
                 self._require_finite({"gradient norm": norm}, images, number)
+            self._stepping = True
             with self.warm_up.at(step):
                 self.scaler.step(self.optimizer)
+            self._completed = batch + 1
+            self._stepping = False
             self.scaler.update()
             self._buffers_before = {}
         summary |= distributed.numbers({f"alpha_{name}": block.alpha for name, block in self.blocks.items()})
@@ -154,16 +168,16 @@ class _PluginTraining(_HostEngine):
         return {**summary, "acc": values["acc"]}
 
     def _exchanged(self, complete: bool) -> contextlib.AbstractContextManager[None]:
-        """Gradients are exchanged once a step, not once a batch."""
+        """Exchange gradients between processes once per step, not once per batch."""
         if complete or not isinstance(self.model, nn.parallel.DistributedDataParallel):
             return contextlib.nullcontext()
         context: contextlib.AbstractContextManager[None] = self.model.no_sync()
         return context
 
     def _step_of(self, number: int) -> tuple[int, range]:
-        """The optimizer step that iteration `number` adds to, and that step's batches within the epoch.
+        """Return the optimizer step of iteration `number`, and the batches of that step within the epoch.
 
-        Steps are counted from 0 over the whole training. The last of an epoch may have fewer batches.
+        Steps are counted from 0 over the whole training. The last step of an epoch may have fewer batches.
         """
         per_epoch, size = len(self.train_loader), self.settings.accumulate
         epoch, batch = divmod(number, per_epoch)
@@ -171,7 +185,7 @@ class _PluginTraining(_HostEngine):
         return epoch * math.ceil(per_epoch / size) + batch // size, range(first, min(first + size, per_epoch))
 
     def _on_device(self, images: Tensor) -> Tensor:
-        # The host's evaluation of videos has five dimensions, for which there is no such layout.
+        # The host evaluates videos as five-dimensional tensors, for which channels_last does not exist.
         last = self.settings.channels_last and images.dim() == 4
         layout = torch.channels_last if last else torch.preserve_format
         return images.to(self.device, non_blocking=True, memory_format=layout)
@@ -182,11 +196,18 @@ class _PluginTraining(_HostEngine):
 
     @contextlib.contextmanager
     def _forward(self) -> Iterator[None]:
-        """Autocast for what the network computes, and one line where it cannot be compiled."""
+        """Run the network under autocast; raise a UserError if it cannot be compiled or the batch is too small."""
         try:
             with self._autocast():
                 yield
-        except torch._dynamo.exc.TorchDynamoException as error:  # looked up, and imported, only then
+        except ValueError as error:
+            if not single_image_batch(error):
+                raise
+            raise UserError(
+                "config key 'train.batch_size' is too small: batch norm cannot normalise a training batch of one image "
+                "on a map of 1x1; use larger batches or larger images (data.height, data.width)."
+            ) from error
+        except torch._dynamo.exc.TorchDynamoException as error:  # imported here only
             cause = getattr(error, "inner_exception", error)
             raise UserError(
                 f"csalr.compile True: the network cannot be compiled here ({first_line(cause)}); torch.compile needs a "
@@ -194,21 +215,26 @@ class _PluginTraining(_HostEngine):
             ) from error
 
     def loss_terms(
-        self, logits: Sequence[Tensor] | Tensor, features: Tensor | None, identities: Tensor
+        self, logits: Sequence[Tensor], features: Sequence[Tensor], identities: Tensor
     ) -> tuple[dict[str, Tensor], Tensor]:
-        """The terms of Eq. 18 by name, and their sum: L = L_F + lambda * sum_i L_DS_i.
+        """Return the terms of Eq. 18 by name, and their sum L = L_F + lambda * sum_i L_DS_i.
 
         See :func:`recipe.loss_terms`. With the host's triplet loss, L_F is `weight_x` times the identity loss plus
-        `weight_t` times the triplet loss of the embedding.
+        `weight_t` times the mean triplet loss of the embeddings.
+
+        Args:
+            logits: (B, num_classes) of each classifier.
+            features: (B, width) of each embedding for the triplet loss; none for the softmax loss.
+            identities: (B,).
         """
-        criterion = self.criterion if features is None else self.criterion_x
+        criterion = self.criterion_x if features else self.criterion
         losses = recipe.loss_terms(
             self.network, logits, lambda one: criterion(one, identities), self.settings.supervision_weight
         )
         triplet = {}
-        if features is not None:
-            everyone = distributed.embeddings_of_all(features, identities)
-            triplet["triplet"] = self.compute_loss(self.criterion_t, *everyone)
+        if features:
+            everyone = [distributed.embeddings_of_all(one, identities) for one in features]
+            triplet["triplet"] = sum(self.criterion_t(*one) for one in everyone) / len(features)
             losses = losses.with_triplet(triplet["triplet"], self.weight_x, self.weight_t)
         branches = {f"L_DS_{name}": branch for name, branch in losses.branches.items()}
         return {"L_F": losses.main, **triplet, **branches}, losses.total()
@@ -225,91 +251,129 @@ class _PluginTraining(_HostEngine):
 
     @torch.no_grad()
     def _first_non_finite(self, images: Tensor) -> str:
-        """Which layer's output is the first that is not finite, on the batch that showed it."""
+        """Name the first layer whose output is not finite on the batch `images`."""
         found: list[str] = []
 
         def watch(name: str, layer: nn.Module) -> Any:
-            # A supervision branch is given what its block attended, pooled; every other layer gives its own output.
-            def hook(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            # The input of a supervision branch is its block's attention output, pooled.
+            def hook(_: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
                 seen = inputs[0] if name.startswith("block") else output
-                if not torch.isfinite(seen).all():
+                if isinstance(seen, Tensor) and not torch.isfinite(seen).all():
                     found.append(name)
 
             return layer.register_forward_hook(hook)
 
-        layers = {name: layer for name, layer in self.network.named_children() if name.startswith("layer")}
+        layers = dict(self.network.named_children())
         branches = getattr(self.network, "supervision", {})
         layers |= {f"block {name} (attention)": branch for name, branch in branches.items()}
         handles = [watch(name, layer) for name, layer in layers.items()]
         try:
             with self._autocast():
-                self.network.forward(images)  # not compiled: what is compiled calls no hook that came later
+                self.network.forward(images)  # not the compiled network, which would not call these hooks
         finally:
             for handle in handles:
                 handle.remove()
-        # In whichever process it is.
         if found := [layer for layers in distributed.gathered(found) for layer in layers]:
             return f"the first output that is not finite is that of {found[0]}"
         weights = [name for name, value in self.network.named_parameters() if not torch.isfinite(value).all()]
-        return f"every block's output is finite{f', weights that are not: {weights[0]}' if weights else ''}"
+        return f"the output of every layer is finite{f', weights that are not: {weights[0]}' if weights else ''}"
 
     def run(self, save_dir: str = "log", **options: Any) -> None:
-        """The host's `run`; Ctrl-C leaves a checkpoint that resumes, in the middle of an epoch too."""
+        """Run the host's `run`; Ctrl-C leaves a checkpoint that can be resumed, also in the middle of an epoch."""
         self.save_dir = Path(save_dir)
-        # A training that is done, and is only evaluated again, is at its last epoch.
-        self.epoch = max(0, options.get("start_epoch", 0) - 1)
+        done = options.get("start_epoch", 0)
+        self.epoch = max(0, done - 1)  # a finished training that is only evaluated is at its last epoch
+        trains = not options.get("test_only", False)
+        with distributed.together():
+            if trains:
+                check_batches(self.train_loader)
+                check_tracklets(self.train_loader, "train.batch_size")
+            for loaders in self.test_loader.values():
+                for loader in loaders.values():
+                    check_tracklets(loader, "test.batch_size")
+        if trains and done >= options.get("max_epoch", 0):
+            print(f"All {done} epochs are done: the model is only evaluated. train.max_epoch trains further.")
         if not distributed.is_main():
-            self.writer = _NoWriter()
+            self.writer = Writer(None)
+        elif trains and self.writer is None:
+            self.writer = Writer(SummaryWriter(log_dir=save_dir))
         if not self.use_gpu:
             keep_freed_memory()
         try:
             super().run(save_dir=save_dir, **options)
-        except RuntimeError as error:
-            if not distributed.is_lost(error):
-                raise
-            raise self._lost(error, self._last_checkpoint()) from error
+        except (RuntimeError, MemoryError) as error:
+            if distributed.is_lost(error):
+                raise self._lost(error, self._last_checkpoint()) from error
+            if cause := machine_failure(error):
+                raise UserError(
+                    f"Stopped after epoch {self.epoch + 1}: {cause}. The last checkpoint is {self._last_checkpoint()}."
+                ) from error
+            raise
 
     def train(self, *args: Any, **options: Any) -> None:
-        """One epoch, then a checkpoint.
+        """Train one epoch, then save a checkpoint.
 
-        Random numbers are drawn from (seed, epoch, batch), so that a resumed run equals one without a stop.
+        Random numbers depend on (seed, epoch, batch) alone, so that a resumed run equals a run without a stop.
         """
-        resumed = self.optimizer.param_groups[0]
-        self._batches_done = self._completed = resumed.get("batches_done", 0)
-        if self.scaler.is_enabled() and resumed.get("scaler"):
-            self.scaler.load_state_dict(resumed["scaler"])
+        self._resume_epoch()
         draw_from(self.seed, self.epoch, 0, "epoch")
         self.train_loader.sampler.epoch = self.epoch
         self.monitor.start_epoch()
         with self._stop_between_batches():
             try:
                 super().train(*args, **options)
-            except (_StopBetweenBatches, RuntimeError) as error:
+            except (_StopBetweenBatches, RuntimeError, MemoryError, BrokenPipeError) as error:
                 if distributed.is_lost(error):
                     raise self._lost(error, repr(str(self._save_interrupted(alone=True)))) from error
-                # A worker that got the same Ctrl-C may die first: the host's loop then sees a RuntimeError.
-                if not self._stopped and not self._stops:
+                # On Ctrl-C a worker of the loader may die first: the host's loop then raises a RuntimeError.
+                if self._stopped or self._stops:
+                    self._save_interrupted()
+                    raise KeyboardInterrupt from error
+                cause = machine_failure(error)
+                if not cause and not isinstance(error, BrokenPipeError):
                     raise
-                self._save_interrupted()
-                raise KeyboardInterrupt from error
-        self._mark_batches_done(0)
-        self.monitor.end_epoch()
+                if self._stepping or distributed.world_size() > 1:
+                    checkpoint = self._last_checkpoint()
+                else:
+                    checkpoint = repr(str(self._save_interrupted()))
+                if not cause:  # nobody reads the output any more, as in csalr train | head
+                    raise
+                raise UserError(
+                    f"Training stopped at epoch {self.epoch + 1}: {cause}. The last checkpoint is {checkpoint}; go on "
+                    "from it with model.resume."
+                ) from error
+        self._mark_progress(0)
         self._save_rolling()
+        self.monitor.end_epoch()
         if any(distributed.gathered(self._stopped)):
             raise KeyboardInterrupt
 
+    def _resume_epoch(self) -> None:
+        """Read from the optimizer how many batches of this epoch were trained before the checkpoint."""
+        resumed = self.optimizer.param_groups[0]
+        done, images = resumed.get("batches_done", 0), resumed.get("images")
+        if done and images not in (None, len(self.train_loader.dataset)):
+            print(
+                f"The checkpoint was saved within an epoch of {images} images, and there are "
+                f"{len(self.train_loader.dataset)} now: epoch {self.epoch + 1} begins again."
+            )
+            done = 0
+        self._batches_done = self._completed = done
+        if self.scaler.is_enabled() and resumed.get("scaler"):
+            self.scaler.load_state_dict(resumed["scaler"])
+
     def _lost(self, error: BaseException, checkpoint: str) -> UserError:
-        # The first process tells it, or the second where it was the first that ended.
+        # The first process prints it, or the second one if it was the first that ended.
         return (UserError if distributed.rank() < 2 else SharedError)(
             f"Training stopped at epoch {self.epoch + 1}, for another process of it has ended or cannot be reached "
             f"({first_line(error)}). The last checkpoint is {checkpoint}; go on from it "
-            "with model.resume, with as many processes as you like."
+            "with model.resume, with any number of processes."
         )
 
     def two_stepped_transfer_learning(
         self, epoch: int, fixbase_epoch: int, open_layers: Any, model: nn.Module | None = None
     ) -> None:
-        """The host's two steps and, for a model with refined parts, the phases of its training (section 4.2)."""
+        """Open and freeze layers as the host does, and in the phases of a model with refined parts (section 4.2)."""
         rpp = self.settings.rpp
         phase = recipe.begin_epoch(
             self.network, epoch, pcb_epochs=rpp.pcb_epochs, part_classifier_epochs=rpp.part_classifier_epochs
@@ -324,7 +388,7 @@ class _PluginTraining(_HostEngine):
 
     @contextlib.contextmanager
     def _stop_between_batches(self) -> Iterator[None]:
-        """Ctrl-C and SIGTERM wait for the end of the batch; a second one does not."""
+        """Let the first Ctrl-C or SIGTERM wait for the end of the batch; a second one stops at once."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -332,7 +396,7 @@ class _PluginTraining(_HostEngine):
         def stop(number: int, frame: FrameType | None) -> None:
             now = time.monotonic()
             if self._stopped:
-                if now - self._stopped_at < 2:  # torchrun passes the Ctrl-C on that the terminal has sent already
+                if now - self._stopped_at < 2:  # torchrun passes on the Ctrl-C that the terminal has already sent
                     return
                 raise KeyboardInterrupt
             self._stopped_at = now
@@ -346,7 +410,7 @@ class _PluginTraining(_HostEngine):
                 signal.signal(number, handler)
 
     def save_model(self, epoch: int, rank1: float, save_dir: str, is_best: bool = False) -> None:
-        """Save as the host does, in one step (a half-written file never bears the name), and plain numbers only."""
+        """Save an evaluated epoch's checkpoint as the host does; the file is complete or absent."""
         if not distributed.is_main():
             return
         path = self._save(f"model.pth.tar-{epoch + 1}", epoch + 1, float(rank1))
@@ -354,7 +418,7 @@ class _PluginTraining(_HostEngine):
             self._rolling = None  # evaluated: it stays
 
     def _save_rolling(self) -> None:
-        """The newest epoch's checkpoint replaces the one before, unless that was evaluated."""
+        """Replace the checkpoint of the previous epoch by the newest, unless the previous one was evaluated."""
         if not distributed.is_main():
             return
         before, self._rolling = self._rolling, self._save(f"model.pth.tar-{self.epoch + 1}", self.epoch + 1)
@@ -362,16 +426,16 @@ class _PluginTraining(_HostEngine):
             before.unlink(missing_ok=True)
 
     def _save_interrupted(self, alone: bool = False) -> Path:
-        """Save what is trained, without the step that is under way.
+        """Save the epoch so far, without the incomplete step.
 
-        `alone`: the other processes may be gone, the first among them; the second then saves, for weights are alike.
+        Args:
+            alone: the other processes may have ended, the first one too; then the second saves, as weights are equal.
         """
-        # Within the optimizer's state, which the host's own resuming carries over.
         done = max(self._batches_done, self._completed)
         for name, value in self.network.named_buffers():
-            if name in self._buffers_before:  # the batches of a step that is not complete are trained again
+            if name in self._buffers_before:  # the batches of an incomplete step will be trained again
                 value.copy_(self._buffers_before[name])
-        self._mark_batches_done(done)
+        self._mark_progress(done)
         path = self.save_dir / "model" / f"model.pth.tar-{self.epoch}-batch{done}"
         if alone and distributed.rank() == 1:
             time.sleep(5)
@@ -380,32 +444,38 @@ class _PluginTraining(_HostEngine):
             print(f"Go on with: model.resume {path}")
         return path
 
-    def _mark_batches_done(self, number: int) -> None:
+    def _mark_progress(self, batches_done: int) -> None:
+        """Write `PROGRESS` into the optimizer's groups, which the host's own resuming carries over."""
         for group in self.optimizer.param_groups:
-            group["batches_done"] = number
+            group["batches_done"] = batches_done
+            group["images"] = len(self.train_loader.dataset)
             group["scaler"] = self.scaler.state_dict()  # empty without fp16
 
     def _save(self, name: str, epoch: int, rank1: float | None = None) -> Path:
-        folder = self.save_dir / "model"
-        folder.mkdir(parents=True, exist_ok=True)
-        path, unfinished = folder / name, folder / f".{name}.unfinished"
+        path = self.save_dir / "model" / name
         state = {
             "state_dict": self.network.state_dict(),
             "epoch": epoch,
             "optimizer": self.optimizer.state_dict(),
+            "settings": self.recorded,
         }
         if rank1 is not None:
             state["rank1"] = rank1
         if self.scheduler is not None:
             state["scheduler"] = self.scheduler.state_dict()
-        torch.save(state, unfinished)
-        os.replace(unfinished, path)
+        tensors = [*state["state_dict"].values(), *_tensors_of(state["optimizer"]["state"])]
+        size = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        advice = f"The last complete checkpoint is {self._last_checkpoint()}; go on from it with model.resume."
+        with complete_file(path, size, advice) as unfinished, unfinished.open("wb") as file:
+            torch.save(state, file)
         print(f'Checkpoint saved to "{path}"')
         return path
 
     def _last_checkpoint(self) -> str:
         saved = sorted((self.save_dir / "model").glob("model.pth.tar-*"), key=lambda path: path.stat().st_mtime)
-        return repr(str(saved[-1])) if saved else "the one that training started from"
+        if saved:
+            return repr(str(saved[-1]))
+        return repr(self.resumed_from) if self.resumed_from else "none, for no epoch is done"
 
     @torch.inference_mode()
     def _evaluate(
@@ -422,9 +492,9 @@ class _PluginTraining(_HostEngine):
         ranks: Sequence[int] = (1, 5, 10, 20),
         rerank: bool = False,
     ) -> tuple[float, float]:
-        """The host's evaluation by its own parts, with progress, and with the results as a file too.
+        """Evaluate as the host does, with a progress bar, and write the results to a file too.
 
-        Each process embeds its share of the images, the first ranks them.
+        Each process embeds its share of the images; the first process ranks them.
         """
         distributed.share_buffers(self.network)
         query, query_ids, query_cameras = self._embed(query_loader, "query", normalize_feature)
@@ -449,13 +519,15 @@ class _PluginTraining(_HostEngine):
         )
         ranks = [rank for rank in ranks if rank <= len(cmc)]
         results = {"mAP": float(mean_ap), **{f"rank-{rank}": float(cmc[rank - 1]) for rank in ranks}}
-        print(f"** Results on {dataset_name} **")
-        for name, value in results.items():
-            print(f"{name:<8} {value:.1%}")
+        # In the host's form, which its tools/parse_test_res.py reads.
+        print(f"** Results **\nmAP: {mean_ap:.1%}\nCMC curve")
+        for rank in ranks:
+            print(f"Rank-{rank:<3}: {cmc[rank - 1]:.1%}")
         self.results[dataset_name] = results
         path = Path(save_dir or self.save_dir) / f"results_{file_stem(dataset_name)}.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps({"epoch": self.epoch + 1, "rerank": rerank, **results}, indent=2) + "\n")
+        with never_fatal(f"the results file {str(path)!r}"):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_json(path, {"epoch": self.epoch + 1, "rerank": rerank, **results})
         self.monitor.evaluated(dataset_name, results, query, query_ids, query_cameras)
         if visrank:
             torchreid.utils.visualize_ranked_results(
@@ -471,10 +543,13 @@ class _PluginTraining(_HostEngine):
         return distributed.from_main((results, outcome))[1]
 
     def _embed(self, loader: Any, subset: str, normalise: bool) -> tuple[Tensor, np.ndarray, np.ndarray]:
-        """Embeddings (N, width), identities (N,) and cameras (N,) of a loader's images, in the first process all."""
+        """Return embeddings (N, width), identities (N,) and cameras (N,) of a loader's images.
+
+        The first process returns all embeddings, every other process its own.
+        """
         loader, parallel = evaluation_loader(loader), self.model
         if isinstance(parallel, nn.parallel.DistributedDataParallel):
-            self.model = self.network  # the wrapper would wait for processes that have fewer batches
+            self.model = self.network  # DDP's forward would wait for processes with fewer batches
         rows = len(loader.dataset if distributed.is_main() else loader.sampler)
         embeddings = torch.empty(0)
         identities: list[int] = []
@@ -485,7 +560,7 @@ class _PluginTraining(_HostEngine):
             with self._forward():
                 embedding = self.extract_features(self._on_device(images)).float()
             if not identities:
-                # Filled in place: a list that is concatenated at the end takes the gallery's memory twice.
+                # Filled in place: concatenating a list at the end would take the gallery's memory twice.
                 embeddings = torch.empty(rows, embedding.shape[1])
             embeddings[len(identities) : len(identities) + len(embedding)] = embedding
             identities += batch_identities.tolist()
@@ -498,17 +573,20 @@ class _PluginTraining(_HostEngine):
         return embeddings, everyone[0], everyone[1]
 
 
-class _NoWriter:
-    """In place of TensorBoard's, in processes that write nothing."""
+def _as_list(outputs: Any) -> list[Tensor]:
+    """Return the outputs of a model, one tensor or several, as a list."""
+    return [outputs] if isinstance(outputs, Tensor) else list(outputs)
 
-    def __getattr__(self, name: str) -> Callable[..., None]:
-        return lambda *_, **__: None
+
+def _tensors_of(state: dict[Any, dict[str, Any]]) -> Iterator[Tensor]:
+    for values in state.values():
+        yield from (value for value in values.values() if isinstance(value, Tensor))
 
 
 def keep_autocast_in_threads(network: nn.Module, autocast: torch.autocast) -> None:
-    """Let `network` compute in the dtype of `autocast` in DataParallel's threads too.
+    """Make `network` compute in the dtype of `autocast` in the threads of DataParallel too.
 
-    They take over that autocast is on, but its dtype is a thread's own: bf16 would be fp16 there.
+    DataParallel enables autocast in its threads, but each thread has its own dtype: bf16 would become fp16 there.
     """
 
     def adopt(*_: Any) -> None:

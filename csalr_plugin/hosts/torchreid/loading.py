@@ -1,4 +1,4 @@
-"""Batches of the host's loaders, shared between processes, and drawn alike however many there are."""
+"""Batches of the host's loaders: shared between processes, and drawn alike for any number of processes."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from csalr_plugin.errors import UserError
 from csalr_plugin.hosts import distributed
 
 Draw = tuple[int, int, int]
@@ -17,21 +18,21 @@ Draw = tuple[int, int, int]
 
 
 class TrainingShare(Sampler[Draw]):
-    """This process's part of each batch of a host's sampler: consecutive images, so identities stay whole.
+    """This process's part of each batch of a host's sampler: consecutive images, so that identities stay together.
 
     Args:
-        sampler: the host's, over all images; the first process's order counts.
-        batch_size: of all processes together, a multiple of their number.
+        sampler: the host's sampler over all images; the order of the first process counts.
+        batch_size: images in a batch of all processes, a multiple of their number.
 
     Attributes:
-        epoch: from 0; set it before each.
+        epoch: the epoch, counted from 0; set it before each one.
     """
 
     def __init__(self, sampler: Sampler[int], batch_size: int) -> None:
         self.sampler, self.batch_size, self.epoch = sampler, batch_size, 0
 
     def __iter__(self) -> Iterator[Draw]:
-        """In whole batches; what does not fill one is left out."""
+        """Yield the images of whole batches; the rest is left out."""
         order = distributed.from_main(list(self.sampler) if distributed.is_main() else [])
         size = len(self) // self.batches if self.batches else 0
         for start in range(0, len(order) - self.batch_size + 1, self.batch_size):
@@ -41,7 +42,7 @@ class TrainingShare(Sampler[Draw]):
 
     @property
     def batches(self) -> int:
-        """In an epoch."""
+        """Batches in an epoch."""
         return len(self.sampler) // self.batch_size  # type: ignore[arg-type]
 
     def __len__(self) -> int:
@@ -49,9 +50,9 @@ class TrainingShare(Sampler[Draw]):
 
 
 class DrawnByPlace(Dataset[Any]):
-    """A host's dataset whose augmentations depend on seed, epoch and the image's place in it, and on nothing else.
+    """A host's dataset whose augmentations depend on the seed, the epoch and the image's place in it alone.
 
-    So resuming, the number of workers and the number of processes change no image.
+    Resuming, the number of workers and the number of processes change no image.
     """
 
     def __init__(self, dataset: Any, seed: int) -> None:
@@ -62,9 +63,12 @@ class DrawnByPlace(Dataset[Any]):
         draw_from(self.seed, epoch, place, "image")
         return self.dataset[index]
 
+    def __len__(self) -> int:
+        return len(self.dataset)
+
 
 def draw_from(seed: int, epoch: int, number: int, purpose: str) -> None:
-    """Seed all random numbers: for an "epoch", the "model" in batch `number`, or the "image" in place `number`."""
+    """Seed all random generators: for an "epoch", the "model" in batch `number`, or the "image" at place `number`."""
     entropy = [seed, epoch, number, ("epoch", "image", "model").index(purpose)]
     state = int(np.random.SeedSequence(entropy).generate_state(1)[0])
     random.seed(state)
@@ -73,7 +77,7 @@ def draw_from(seed: int, epoch: int, number: int, purpose: str) -> None:
 
 
 def training_loader(loader: Any, seed: int) -> Any:
-    """The host's training loader for this process: its part of each batch, whose images are drawn by place."""
+    """Return the host's training loader for this process: its part of each batch, with images drawn by place."""
     dataset = loader.dataset
     if distributed.world_size() > 1:
         dataset.data = distributed.from_main(dataset.data)  # machines may list a folder in another order
@@ -82,12 +86,49 @@ def training_loader(loader: Any, seed: int) -> Any:
 
 
 def evaluation_loader(loader: Any) -> Any:
-    """The host's query or gallery loader for this process: its rows of the dataset, see `distributed.rows_of`."""
+    """Return the host's query or gallery loader for this process's rows of the dataset, see `distributed.rows_of`."""
     if distributed.world_size() == 1:
         return loader
     dataset = loader.dataset
     dataset.data = distributed.from_main(dataset.data)
     return _like(loader, dataset, distributed.rows_of(distributed.rank(), len(dataset)), loader.batch_size)
+
+
+def check_batches(loader: Any) -> None:
+    """Check that an epoch of a `training_loader` has a batch.
+
+    Raises:
+        UserError: the images do not fill one batch; the message has both numbers.
+    """
+    share = loader.sampler
+    if not share.batches:
+        drawn = len(share.sampler)
+        raise UserError(
+            f"config key 'train.batch_size' is {share.batch_size}, more than the {drawn} training images that the "
+            f"sampler draws in an epoch; give {drawn} or less."
+        )
+
+
+def check_tracklets(loader: Any, key: str) -> None:
+    """Check that the tracklets of a loader fit into batches, where `video.sample_method` "all" reads every image.
+
+    Args:
+        loader: the host's loader of a video or image dataset.
+        key: the config key of its batch size, for the message.
+
+    Raises:
+        UserError: tracklets in one batch have different lengths.
+    """
+    dataset = getattr(loader.dataset, "dataset", loader.dataset)
+    batch_size = getattr(loader.sampler, "batch_size", loader.batch_size)
+    if getattr(dataset, "sample_method", "") != "all" or batch_size == 1:
+        return
+    lengths = {len(paths) for paths, *_ in dataset.data}
+    if len(lengths) > 1:
+        raise UserError(
+            f"config key 'video.sample_method' is 'all', and tracklets of {min(lengths)} to {max(lengths)} images do "
+            f"not form batches of '{key}' {batch_size}; set {key} 1, or video.sample_method evenly."
+        )
 
 
 def _like(loader: Any, dataset: Any, sampler: Any, batch_size: int) -> Any:

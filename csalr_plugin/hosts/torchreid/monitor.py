@@ -1,11 +1,16 @@
-"""What a training leaves to look at: ``metrics.jsonl``, and what TensorBoard shows beside the host's own curves."""
+"""Records of a training: ``metrics.jsonl``, and TensorBoard's curves, attention maps and embeddings.
+
+Nothing here can end a training: an error while a record is written is one line on the console.
+"""
 
 from __future__ import annotations
 
 import json
+import sys
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +21,7 @@ from torch.nn import functional as F
 from torch.utils.tensorboard.writer import SummaryWriter
 
 from csalr_plugin.attention.maps import maps_of
+from csalr_plugin.errors import first_line
 from csalr_plugin.hosts import distributed
 from csalr_plugin.models import PCB, recipe
 from csalr_plugin.models.inspect import block_inputs
@@ -25,14 +31,46 @@ _MOST_EMBEDDINGS = 1000  # in the projector, which is a page in a browser
 _MAP_IMAGES = 2
 
 
-class Monitor:
-    """Collects an engine's metrics, one line an epoch and one an evaluation.
+@contextmanager
+def never_fatal(record: str) -> Iterator[None]:
+    """Turn an error in the with statement into one line that names `record`."""
+    try:
+        yield
+    except Exception as error:  # whatever it is, the training must go on
+        print(f"Warning: {record} cannot be written ({first_line(error)}); the run goes on without.", file=sys.stderr)
 
-    The lines of ``metrics.jsonl`` are JSON; a resumed training appends to them, and the last line of an epoch counts
-    (see :func:`read_metrics`). TensorBoard gets each head's accuracy and each group's learning rate with every epoch.
+
+class Writer:
+    """A TensorBoard writer without errors: the first one is one line, and nothing more is written.
 
     Args:
-        engine: of ``plugin_engine``; read, never changed, but for its `writer` where it has none yet.
+        writer: torch's writer, or None to write nothing.
+    """
+
+    def __init__(self, writer: SummaryWriter | None) -> None:
+        self._writer = writer
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        """Return a method of the writer."""
+
+        def write(*args: Any, **kwargs: Any) -> None:
+            writer, self._writer = self._writer, None
+            if writer is not None:
+                with never_fatal("the TensorBoard log"):
+                    getattr(writer, name)(*args, **kwargs)
+                    self._writer = writer
+
+        return write
+
+
+class Monitor:
+    """Collects an engine's metrics: one line per epoch and one per evaluation.
+
+    The lines of ``metrics.jsonl`` are JSON. A resumed training appends to them, and the last line of an epoch counts
+    (see :func:`read_metrics`). TensorBoard gets each head's accuracy and each group's learning rate of every epoch.
+
+    Args:
+        engine: an engine of ``plugin_engine``. It is only read, except that it gets a `writer` if it has none.
     """
 
     def __init__(self, engine: Any) -> None:
@@ -44,13 +82,19 @@ class Monitor:
         self._started = time.monotonic()
 
     def start_epoch(self) -> None:
-        """Forget the last epoch; note the learning rates, which the host changes at an epoch's end."""
+        """Reset the sums, and note the learning rates, which the host changes at the end of an epoch."""
         self._sums.clear()
         self._last, self._batches, self._started = {}, 0, time.monotonic()
         self._rates = learning_rates(self.engine.optimizer)
 
     def count(self, summary: dict[str, float], logits: Sequence[Tensor] | Tensor, identities: Tensor) -> None:
-        """Take in one batch: the terms of its loss, the gates, and each head's logits, (B, num_classes)."""
+        """Add one batch.
+
+        Args:
+            summary: the terms of its loss, and the gates.
+            logits: (B, num_classes) of each head.
+            identities: (B,).
+        """
         self._batches += 1
         for name, value in summary.items():
             if name.startswith("alpha"):
@@ -62,12 +106,12 @@ class Monitor:
         kind = "part" if isinstance(network, PCB) else "head"
         heads = {f"{kind}{number}": output for number, output in enumerate(outputs, start=1)} | branches
         for name, head in heads.items():
-            # Left on the device: a number would wait for it.
+            # A tensor: a Python number would wait for the device.
             self._sums[f"accuracy_{name}"] += 100 * (head.detach().argmax(dim=1) == identities).float().mean()
 
     def end_epoch(self) -> None:
-        """Write the epoch's line, and what TensorBoard shows of it."""
-        if not self._batches:  # all of it was trained before the stop that this run resumes from
+        """Write the epoch's line, and its curves and attention maps in TensorBoard."""
+        if not self._batches:  # the whole epoch was trained before the checkpoint that was resumed
             return
         engine = self.engine
         means = distributed.means({name: value / self._batches for name, value in self._sums.items()})
@@ -84,7 +128,8 @@ class Monitor:
                 engine.writer.add_scalar(f"Epoch/{name}", value, engine.epoch + 1)
         every = engine.settings.tensorboard.maps_every
         if every and (engine.epoch + 1) % every == 0 and engine.blocks:
-            self._show_maps()
+            with never_fatal("pictures of the attention maps"):
+                self._show_maps()
 
     def evaluated(
         self, dataset: str, results: dict[str, float], embeddings: Tensor, identities: np.ndarray, cameras: np.ndarray
@@ -92,12 +137,15 @@ class Monitor:
         """Write an evaluation's line; with `csalr.tensorboard.projector` show the queries' embeddings, (N, width)."""
         engine = self.engine
         self._write({"epoch": engine.epoch + 1, "dataset": dataset, **results})
-        if not engine.settings.tensorboard.projector:
-            return
+        if engine.settings.tensorboard.projector:
+            with never_fatal("the embeddings in TensorBoard's projector"):
+                self._show_embeddings(dataset, embeddings[:_MOST_EMBEDDINGS], identities, cameras)
+
+    def _show_embeddings(self, dataset: str, shown: Tensor, identities: np.ndarray, cameras: np.ndarray) -> None:
+        engine = self.engine
         if engine.writer is None:
-            engine.writer = SummaryWriter(log_dir=str(engine.save_dir))
-        shown = embeddings[:_MOST_EMBEDDINGS]
-        # 12288 numbers a query are a file of 100 MB and more; 64 principal directions keep the neighbours.
+            engine.writer = Writer(SummaryWriter(log_dir=str(engine.save_dir)))
+        # 12288 numbers per query would make files of 100 MB and more; 64 principal directions keep the neighbours.
         left, size, _ = torch.pca_lowrank(shown, q=min(64, *shown.shape))
         labels = [list(map(str, pair)) for pair in zip(identities[: len(shown)], cameras[: len(shown)], strict=True)]
         engine.writer.add_embedding(
@@ -107,17 +155,19 @@ class Monitor:
 
     def _write(self, line: dict[str, Any]) -> None:
         path = Path(self.engine.save_dir) / METRICS
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        with never_fatal(repr(str(path))):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
 
     @torch.no_grad()
     def _show_maps(self) -> None:
-        """For the first queries and the middle of the image: each stage's full map, and CSALR's beside it."""
+        """Show each stage's full map beside CSALR's, for the first queries and the middle position."""
         engine = self.engine
         target = next(iter(engine.test_loader.values()))["query"].dataset
         samples = [target[index]["img"] for index in range(min(_MAP_IMAGES, len(target)))]
-        images = torch.stack(samples).to(next(engine.network.parameters()).device)
+        frames = [sample[0] if sample.dim() == 4 else sample for sample in samples]  # the first frame of a video
+        images = torch.stack(frames).to(next(engine.network.parameters()).device)
         training = engine.network.training
         engine.network.eval()
         try:
@@ -135,7 +185,7 @@ class Monitor:
 
 
 def learning_rates(optimizer: torch.optim.Optimizer) -> dict[str, float]:
-    """The rate of each parameter group by name: "attention", "gate", and the host's "backbone" and "new" or "all"."""
+    """Return the rate of each parameter group: "attention", "gate", and the host's "backbone" and "new", or "all"."""
     rates = {group["role"]: group["lr"] for group in optimizer.param_groups if "role" in group}
     host = [group["lr"] for group in optimizer.param_groups if "role" not in group]
     names = ("backbone", "new") if len(host) == 2 else ("all",)
@@ -143,9 +193,10 @@ def learning_rates(optimizer: torch.optim.Optimizer) -> dict[str, float]:
 
 
 def read_metrics(path: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """The epochs' lines and the evaluations' lines of a ``metrics.jsonl``, by epoch; a missing file has none.
+    """Return the lines of epochs and those of evaluations in a ``metrics.jsonl``, by epoch; a missing file has none.
 
-    Of lines about the same epoch the last counts: it was trained again after a stop. A half-written line is left out.
+    If an epoch has several lines, the last one counts: the epoch was trained again after a stop. Incomplete lines are
+    left out.
     """
     epochs: dict[int, dict[str, Any]] = {}
     evaluations: dict[tuple[int, str], dict[str, Any]] = {}
@@ -153,10 +204,12 @@ def read_metrics(path: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]
         for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
                 line = json.loads(text)
-            except ValueError:
+            except (ValueError, RecursionError):
+                continue
+            if not isinstance(line, dict) or not isinstance(line.get("epoch"), int):
                 continue
             if "dataset" in line:
-                evaluations[line["epoch"], line["dataset"]] = line
+                evaluations[line["epoch"], str(line["dataset"])] = line
             else:
                 epochs[line["epoch"]] = line
     return [epochs[key] for key in sorted(epochs)], [evaluations[key] for key in sorted(evaluations)]

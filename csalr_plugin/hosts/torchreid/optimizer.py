@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torchreid
 from torch import nn
 
+from csalr_plugin.errors import UserError, shown, suggest
+from csalr_plugin.hosts.resume import name_parameters
 from csalr_plugin.hosts.torchreid.config import active_config
 from csalr_plugin.hosts.training import unwrapped
 from csalr_plugin.models import recipe
@@ -24,11 +27,22 @@ def build_optimizer(model: nn.Module, *args: Any, **kwargs: Any) -> torch.optim.
     Args:
         model: any model of the host's registry; the host alone decides for one without attention.
         args, kwargs: those of the host's ``torchreid.optim.build_optimizer``.
+
+    Raises:
+        UserError: a name in `new_layers` is no layer of the model, with `staged_lr`.
     """
-    optimizer = _build_host_optimizer(model, *args, **kwargs)
     network = unwrapped(model)
-    if not recipe.attention_blocks(network):
-        return optimizer
+    if kwargs.get("staged_lr"):
+        check_layers(network, kwargs.get("new_layers", ()), "train.new_layers")
+    optimizer = _build_host_optimizer(model, *args, **kwargs)
+    if recipe.attention_blocks(network):
+        _give_roles(optimizer, network)
+    name_parameters(optimizer, network)
+    return optimizer
+
+
+def _give_roles(optimizer: torch.optim.Optimizer, network: nn.Module) -> None:
+    """Move blocks and gates to parameter groups of their own."""
     settings = active_config().csalr
     role_of = recipe.parameter_roles(network)
     for group in optimizer.param_groups:
@@ -40,4 +54,23 @@ def build_optimizer(model: nn.Module, *args: Any, **kwargs: Any) -> torch.optim.
         optimizer.add_param_group(group)
     # The host prints the learning rate of the last group, which must be that of new layers.
     optimizer.param_groups[:] = [*optimizer.param_groups[-2:], *host_groups]
-    return optimizer
+
+
+def check_layers(network: nn.Module, names: str | Sequence[str], key: str) -> None:
+    """Check that `names` are layers of `network`: the host ignores other names, or ends with an assertion.
+
+    Args:
+        network: the model; its layers are its children.
+        names: the value of the config key.
+        key: the config key, for the message.
+
+    Raises:
+        UserError: a name is no layer; the message has the nearest names and all layers.
+    """
+    layers = [name for name, _ in network.named_children()]
+    for name in [names] if isinstance(names, str) else names:
+        if name not in layers:
+            raise UserError(
+                f"config key '{key}' names {shown(name)}, which is no layer of {type(network).__name__}; its layers "
+                f"are {', '.join(layers)}.{suggest(name, layers)}"
+            )

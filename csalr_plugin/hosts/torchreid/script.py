@@ -1,4 +1,4 @@
-"""Runs a script of the host's, unmodified, with the plugin loaded."""
+"""Running an unmodified script of torchreid with the plugin loaded."""
 
 from __future__ import annotations
 
@@ -33,20 +33,20 @@ _DATA_MANAGERS = {"ImageDataManager": IMAGE_DATA, "VideoDataManager": VIDEO_DATA
 def run_script(path: str | Path, argv: Sequence[str]) -> None:
     """Run the script at `path` as ``python PATH ARGV...`` would, with the plugin's models registered.
 
-    Where a ``default_config.py`` lies beside it, as beside the host's own ``scripts/main.py``, its settings
-    get the plugin's node and checks, keys are taken in any case, no override is swallowed, and the plugin's
-    engine, optimizer and checkpoint loading take the place of the host's for the run.
+    If a ``default_config.py`` lies beside it, as beside the host's own ``scripts/main.py``, its settings get the
+    plugin's node and checks, keys may be in any case, no override is lost, and the plugin's engine, optimizer and
+    checkpoint loading replace those of the host during the run.
 
-    The installed torchreid is used; where none is, the one of the script's own repository.
+    The installed torchreid is used, or else that of the script's own repository.
 
     Raises:
-        UserError: there is no such script, or anything that the user gave cannot be used.
-        SystemExit: when the script ends so.
+        UserError: there is no such script, or something that the user gave cannot be used.
+        SystemExit: the script raised it.
     """
     if os.environ.get("WORLD_SIZE", "1") != "1":
         raise SharedError(
-            f"torchreid's script {str(path)!r} knows one process, and torchrun started {os.environ['WORLD_SIZE']}: run "
-            "it without torchrun, or train with torchrun ... -m csalr_plugin train."
+            f"torchreid's script {str(path)!r} runs in one process, and torchrun started {os.environ['WORLD_SIZE']}: "
+            "run it without torchrun, or train with torchrun ... -m csalr_plugin train."
         )
     script = find_script(path)
     with ExitStack() as stack:
@@ -60,7 +60,7 @@ def run_script(path: str | Path, argv: Sequence[str]) -> None:
 
 @contextmanager
 def _plugin_in_place(argv: Sequence[str]) -> Iterator[list[str]]:
-    """Put the plugin's functions in the place of the host's; yield the script's arguments."""
+    """Replace functions of the host by the plugin's; yield the script's arguments."""
     from csalr_plugin.hosts.torchreid import datasets, engine, optimizer, train
 
     torchreid = host()
@@ -69,9 +69,13 @@ def _plugin_in_place(argv: Sequence[str]) -> Iterator[list[str]]:
     host_managers = {name: getattr(torchreid.data, name) for name in _DATA_MANAGERS}
     host_set_random_seed = torchreid.utils.set_random_seed
     prepared: list[Config] = []
+    arguments = parse_arguments(argv, "csalr run SCRIPT") if _only_known_flags(argv) else None
 
     def get_default_config(host_defaults: Callable[[], Any]) -> Config:
         config = with_plugin_keys(host_defaults())
+        # The script sets these itself, past the merges that note what the user has given.
+        flags = ("root", "sources", "targets", "transforms")
+        config.given.update(f"data.{name}" for name in flags if arguments and getattr(arguments, name))
         set_active_config(config)
         return config
 
@@ -86,17 +90,16 @@ def _plugin_in_place(argv: Sequence[str]) -> Iterator[list[str]]:
         return config
 
     def set_random_seed(seed: int) -> None:
-        # The first thing that the host's script calls with its settings merged; then it opens a log in
-        # the save folder.
+        # The host's script calls this first once its settings are merged; then it opens a log in the save folder.
         prepare()
         host_set_random_seed(seed)
 
-    def data_manager(name: str, **arguments: Any) -> Any:
+    def data_manager(name: str, **options: Any) -> Any:
         config = prepare()
         with replaced(torchreid.data, host_managers):
-            if config is not None and arguments == config.keyword_arguments(_DATA_MANAGERS[name]):
+            if config is not None and options == config.keyword_arguments(_DATA_MANAGERS[name]):
                 return datasets.build_datamanager(config)
-            return host_managers[name](**arguments)
+            return host_managers[name](**options)
 
     plugin: tuple[tuple[ModuleType, dict[str, Any]], ...] = (
         (
@@ -111,20 +114,21 @@ def _plugin_in_place(argv: Sequence[str]) -> Iterator[list[str]]:
             {
                 "set_random_seed": set_random_seed,
                 "check_isfile": train.check_isfile,
+                "compute_model_complexity": train.compute_model_complexity,
                 "load_pretrained_weights": train.load_pretrained_weights,
                 "resume_from_checkpoint": train.resume_from_checkpoint,
             },
         ),
     )
     with ExitStack() as stack:
-        stack.callback(set_active_config, set_active_config(None))  # the one before, afterwards
+        stack.callback(set_active_config, set_active_config(None))  # afterwards set the previous one
         for module, functions in plugin:
             stack.enter_context(replaced(module, functions))
         if host_defaults is not None:
             vars(settings)["get_default_config"] = partial(get_default_config, host_defaults)
-        yield host_argv(parse_arguments(argv, "csalr run SCRIPT")) if _only_known_flags(argv) else list(argv)
+        yield host_argv(arguments) if arguments else list(argv)
 
 
 def _only_known_flags(argv: Sequence[str]) -> bool:
-    """Whether every flag is one of the host's script; else, as for ``--help``, the words stay as they are."""
+    """Return whether every flag is one of the host's script; otherwise, as for ``--help``, the words stay unchanged."""
     return all(flag_of(word) in FLAGS for word in argv if re.match("--|-[A-Za-z]", word))
