@@ -356,3 +356,16 @@ def test_fastreid_checks_a_folder_before_each_evaluation_and_logs_its_report_onc
 def test_a_query_without_a_match_is_counted_in_the_report(tmp_path: Path) -> None:
     name = make(tmp_path, "query/x/1.jpg", "query/y/1.jpg", "gallery/x/2.jpg")
     assert "without a gallery image of their identity from another camera: 1." in read_own(name).report()
+
+
+def test_a_folder_and_a_data_set_of_the_host_are_trained_on_together(tiny_data: Path, tmp_path: Path) -> None:
+    from csalr_plugin.hosts.torchreid.config import default_config
+    from csalr_plugin.hosts.torchreid.datasets import build_datamanager
+
+    own = make(tmp_path, "train/a/1.jpg", "train/b/1.jpg")
+    config = default_config()
+    config.merge_from_list(["data.root", str(tiny_data), "data.workers", 0, "train.batch_size", 4])
+    config.merge_from_list(["data.sources", [own, "market1501"]])
+    manager = build_datamanager(config)
+    labels = {label: Path(path).parent.name for path, label, *_ in manager.train_loader.dataset.train}
+    assert labels == {0: "a", 1: "b", **{label: "bounding_box_train" for label in range(2, 6)}}

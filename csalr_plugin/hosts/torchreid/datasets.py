@@ -91,7 +91,8 @@ def _read_own_data(config: Config) -> dict[str, OwnData]:
     for name, data in found.items():
         if distributed.is_main():
             print(f"{data.report()}\n")
-        data.check(name in sources, name in targets, config.csalr.shared_identities, "csalr.shared_identities")
+        as_source = name in sources or config.data.load_train_targets
+        data.check(as_source, name in targets, config.csalr.shared_identities, "csalr.shared_identities")
     return found
 
 
