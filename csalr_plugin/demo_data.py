@@ -1,10 +1,9 @@
-"""A small drawn pedestrian set in the layout of Market-1501.
+"""A small data set of drawn pedestrians in the layout of Market-1501, for training and tests without a download.
 
-With it a person trains, evaluates and tests without a download: the host's `market1501` handler reads it.
-Identities differ in clothes, bags, hair and build. Cameras differ in light, colour, viewpoint and scenery,
-and boxes are loose, shifted, cut and occluded as a detector's are. Identities share the colours of their
-clothes in families of four, so that colours alone do badly across cameras. Scores on this set say that a
-pipeline works; they say nothing about scores on photographs.
+Identities differ in clothes, bags, hair and build. Cameras differ in light, colour, viewpoint and scenery.
+Bounding boxes are loose, shifted, cut and occluded like those of a detector. Four identities each share the
+colours of their clothes, so that colours alone give a low accuracy across cameras. An accuracy on this data set
+shows that a pipeline works; it does not predict the accuracy on photographs.
 """
 
 from __future__ import annotations
@@ -26,16 +25,16 @@ from tqdm import tqdm
 
 from csalr_plugin.errors import UserError
 
-VERSION = 1  # raised with any change of the pictures, so that older ones are not taken for these
+VERSION = 1  # increase it with any change of the images: data of another version is refused
 HEIGHT, WIDTH = 128, 64  # pixels of an image
-FOLDER = Path("market1501", "Market-1501-v15.09.15")  # where the host looks under its data root
+FOLDER = Path("market1501", "Market-1501-v15.09.15")  # torchreid's place for it below the data root
 TRAIN, QUERY, GALLERY = "bounding_box_train", "query", "bounding_box_test"
 MANIFEST = "demo_data.json"
 
 _MOST_IDENTITIES = 1501  # the host refuses a larger number in a file name
-_OVER = 3  # drawn this many times larger and then averaged down, which smooths the edges
+_OVER = 3  # supersampling factor, for smooth edges
 _FAMILY = 4
-_STRANGER = 10_000  # passers-by and distractors have numbers that no identity has
+_STRANGER = 10_000  # first number of passers-by and distractors, above those of the identities
 
 Colour: TypeAlias = "tuple[int, int, int]"
 Ink: TypeAlias = "int | tuple[int, ...]"
@@ -61,14 +60,14 @@ def make_demo_data(
     gallery_images: int = 6,
     distractors: int = 40,
 ) -> Path:
-    """Draw the set under `root`, unless it is there already, and return `root`.
+    """Draw the data set under `root`, unless it exists already, and return `root`.
 
-    The same settings give the same bytes under the same versions of Pillow and NumPy. An interrupted call
-    leaves no set, never half of one.
+    The same settings give the same bytes with the same versions of Pillow and NumPy. An interrupted call
+    leaves no incomplete data set.
 
     Args:
-        root: the host's data root; made if missing. It must be empty or hold a set made with these settings.
-        seed: what all pictures depend on, 0 or more.
+        root: the data root of torchreid; created if missing. It must be empty or hold the data set of these settings.
+        seed: of all images, 0 or more.
         train_identities: people in the training images, 2 or more; their numbers start at 1.
         test_identities: other people, 1 or more. Each has a query in each of two cameras.
         train_images: images for each training identity, 1 or more, over four to six cameras.
@@ -76,7 +75,7 @@ def make_demo_data(
         distractors: gallery images, numbered 0000, of scenery, parts of bodies and people of no identity.
 
     Raises:
-        UserError: a setting is out of range, or `root` holds something else or cannot be read by the host.
+        UserError: a setting is out of range, or `root` holds something else.
     """
     settings = {
         "seed": seed,
@@ -110,13 +109,13 @@ def make_demo_data(
         try:
             made.rename(home)
         except OSError:
-            if not _is_made(home, settings):  # else another process was first, with the same pictures
+            if not _is_made(home, settings):  # otherwise another process has made the same images
                 raise
     return root
 
 
 def _is_made(home: Path, settings: Mapping[str, int]) -> bool:
-    """Return whether `home` is the whole set; raise UserError if it is there and is not."""
+    """Return whether `home` is the complete data set; raise UserError if it exists and is something else."""
     if not home.exists():
         return False
     try:
@@ -171,7 +170,7 @@ def _plan(settings: Mapping[str, int]) -> list[_Shot]:
 
 
 def _rng(seed: int, label: str, *numbers: int) -> np.random.Generator:
-    """Return a generator for this purpose alone: nothing that is drawn for another one changes it."""
+    """Return the generator of one purpose, which is independent of all others."""
     return np.random.default_rng([seed, zlib.crc32(label.encode()), *numbers])
 
 
@@ -189,7 +188,7 @@ def _image(pixels: npt.NDArray[np.floating[Any]]) -> Image.Image:
 
 
 class _Camera(NamedTuple):
-    """What all images of a camera have in common."""
+    """Properties that all images of a camera share."""
 
     gain: float
     gamma: float
@@ -280,7 +279,7 @@ class _Body:
 
 
 class _Person:
-    """What an identity looks like under every camera. `tall` and `wide` are factors on a slim body."""
+    """The appearance of an identity in every camera. `tall` and `wide` are factors on a slim body."""
 
     def __init__(self, seed: int, identity: int) -> None:
         family, own = _rng(seed, "family", identity // _FAMILY), _rng(seed, "person", identity)
@@ -383,7 +382,7 @@ class _Person:
 
 @lru_cache(maxsize=len(_CAMERAS))
 def _scene(seed: int, camera: int) -> Image.Image:
-    """Return the wide view without people that every image of `camera` is a window of."""
+    """Return the wide view without people of which every image of `camera` shows a part."""
     rng, look = _rng(seed, "scene", camera), _CAMERAS[camera - 1]
     width, height = 6 * WIDTH * _OVER, int(1.4 * HEIGHT * _OVER)
     horizon = int(look.horizon * height)
@@ -414,7 +413,7 @@ def _render(seed: int, shot: _Shot) -> bytes:
     canvas = scene.crop((left, top, left + width, top + height))
 
     def add(identity: int, x: float, y: float, size: float) -> None:
-        """Draw somebody whose crown is at (x, y); all three are shares of the box."""
+        """Draw a person whose crown is at (x, y); all three arguments are shares of the box."""
         person = _Person(seed, identity)
         yaw = look.yaw + rng.normal(0, 25) + (180 if rng.random() < 0.2 else 0)
         body = _Body(canvas, x * width, y * height, size * person.tall * height, yaw, look.tilt)
@@ -436,7 +435,7 @@ def _render(seed: int, shot: _Shot) -> bytes:
 
 
 def _occlude(canvas: Image.Image, rng: np.random.Generator, pass_by: Callable[[float], None]) -> None:
-    """Hide a part of two images in five, behind a pole, a bin, a rail or the edge of somebody."""
+    """Hide a part of two images in five behind a pole, a bin, a rail or the edge of another person."""
     (width, height), pen = canvas.size, ImageDraw.Draw(canvas)
     colour, kind = _shade(_pick(rng, _CLOTH), 0.8), int(rng.integers(10))
     x, y = rng.uniform(0.05, 0.85) * width, rng.uniform(0.6, 0.85) * height
@@ -451,7 +450,7 @@ def _occlude(canvas: Image.Image, rng: np.random.Generator, pass_by: Callable[[f
 
 
 def _photograph(canvas: Image.Image, look: _Camera, rng: np.random.Generator) -> Image.Image:
-    """Return `canvas` at its final size, in the light and with the faults of a camera."""
+    """Return `canvas` at its final size, with the light, blur and noise of a camera."""
     small = canvas.resize((WIDTH, HEIGHT), Image.Resampling.BOX)
     small = small.filter(ImageFilter.GaussianBlur(rng.uniform(0, look.blur)))
     light = (np.asarray(small) / 255) ** look.gamma * look.gain * np.array(look.cast) * rng.uniform(0.85, 1.15)
