@@ -1,4 +1,4 @@
-"""Data sets of both hosts: file names, and mistakes that are told in one line before training."""
+"""Datasets of both hosts: file names, and mistakes that are told in one line before training."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ SOUND = {
 
 
 def make(root: Path, **changes: list[str]) -> Path:
-    """Make a data set in the layout of Market-1501 under `root`/market1501, with other names where `changes` says."""
+    """Make a dataset in the layout of Market-1501 under `root`/market1501, with other names where `changes` says."""
     for subset, names in {**SOUND, **changes}.items():
         folder = root / "market1501" / FOLDER / subset
         folder.mkdir(parents=True)
@@ -51,7 +51,7 @@ def settings(root: Path, *overrides: Any) -> Config:
 
 
 def build(host: str, root: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[list[Any], list[Any], list[Any]]:
-    """Check the data set as a run of `host` does before training; return its training, query and gallery images."""
+    """Check the dataset as a run of `host` does before training; return its training, query and gallery images."""
     if host == "torchreid":
         manager = build_datamanager(settings(root))
         subsets = manager.test_dataset["market1501"]
@@ -94,22 +94,22 @@ def test_names_are_judged_by_the_files_name_and_never_by_a_folders(
         (
             TRAIN,
             ["person1.jpg"],
-            r"image '.*person1\.jpg': its name does not say identity and camera; name it like 0002",
+            r"image '.*person1\.jpg': its name does not contain identity and camera; name it like 0002",
         ),
         (
             QUERY,
             ["1502_c1s1_1_0.jpg"],
-            "1502_c1s1_1_0.jpg': its name says identity 1502, and this data set has 0 to 1501",
+            "1502_c1s1_1_0.jpg': its name contains identity 1502, and this dataset has 0 to 1501",
         ),
-        (QUERY, ["person-0002_c1.jpg"], r"its name says identity -2, and this data set has 0 to 1501"),
-        (GALLERY, ["0003_c7s1_1_0.jpg"], r"its name says camera 7, and this data set has 1 to 6"),
-        (GALLERY, ["0003_c12s1_1_0.jpg"], r"its name says camera 12, and this data set has 1 to 6"),
+        (QUERY, ["person-0002_c1.jpg"], r"its name contains identity -2, and this dataset has 0 to 1501"),
+        (GALLERY, ["0003_c7s1_1_0.jpg"], r"its name contains camera 7, and this dataset has 1 to 6"),
+        (GALLERY, ["0003_c12s1_1_0.jpg"], r"its name contains camera 12, and this dataset has 1 to 6"),
         (
             TRAIN,
             ["notes.txt", "x.mat"],
-            r"bounding_box_train' has 2 files and none of an image type, such as 'notes\.txt'",
+            r"bounding_box_train' has 2 files and no image, such as 'notes\.txt'",
         ),
-        (TRAIN, ["0002/1.jpg"], r"bounding_box_train' has its images in sub-folders, such as '0002/1\.jpg'"),
+        (TRAIN, ["0002/1.jpg"], r"bounding_box_train' has images only in sub-folders, such as '0002/1\.jpg'"),
         (GALLERY, [], r"bounding_box_test' is empty"),
         (TRAIN, ["0002_c1_1.jpg", "0002_c2_1.jpg"], "all training images of .* are of one identity"),
         (TRAIN, ["-1_c1_1.jpg"], "has no training images"),
@@ -173,7 +173,7 @@ def test_images_are_listed_by_identity_and_name_whatever_the_system_gives(tmp_pa
     [
         ("RandomIdentitySampler", ("train.batch_size", 16), "16 with sampler.num_instances 4 .* of 2 identities"),
         ("RandomDomainSampler", ("sampler.num_cams", 4, "train.batch_size", 4), "sampler.num_cams 4 .* 2 cameras"),
-        ("RandomDatasetSampler", ("sampler.num_datasets", 2), "sampler.num_datasets 2 .* 1 data sets"),
+        ("RandomDatasetSampler", ("sampler.num_datasets", 2), "sampler.num_datasets 2 .* 1 datasets"),
     ],
 )
 def test_a_samplers_mistake_is_not_told_as_the_data_sets(
@@ -189,7 +189,7 @@ def test_the_choice_of_data_sets_is_checked_by_itself(tmp_path: Path) -> None:
     make(tmp_path)
     with pytest.raises(UserError, match=r"'data\.load_train_targets' is True, and 'market1501' is in both"):
         build_datamanager(settings(tmp_path, "data.load_train_targets", True))
-    with pytest.raises(UserError, match=r"'data\.sources' names 'market1501' twice"):
+    with pytest.raises(UserError, match=r"'data\.sources' has 'market1501' twice"):
         build_datamanager(settings(tmp_path, "data.sources", ["market1501", "market1501"]))
 
 

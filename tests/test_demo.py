@@ -1,4 +1,4 @@
-"""The demo command on the smallest settings, from data to table, through a data set `folder:PATH`."""
+"""The demo command on the smallest settings, from data to table, through a dataset `folder:PATH`."""
 
 from __future__ import annotations
 
@@ -33,4 +33,4 @@ def test_the_demo_prints_a_table_and_where_its_files_are(
     assert list((out / "run-1").glob("events.out.tfevents.*"))
     (drawn,) = (out / "run-1" / "after").glob("visrank_folder_*")
     assert len(list(drawn.glob("*.jpg"))) == 6
-    assert said.count(f"folder:{out}") >= 3 and "identities" in said  # the report of the data set
+    assert said.count(f"folder:{out}") >= 3 and "identities" in said  # the report of the dataset

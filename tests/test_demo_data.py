@@ -79,7 +79,7 @@ def test_another_seed_gives_other_pictures(root: Path, tmp_path: Path) -> None:
     assert not set(other.values()) & set(contents(root).values())
 
 
-def test_the_settings_say_how_many_people_and_images_there_are(root: Path) -> None:
+def test_the_settings_determine_the_number_of_people_and_images(root: Path) -> None:
     train, query, gallery = (people(root, split) for split in (TRAIN, QUERY, GALLERY))
     assert (len(train), len(query), len(gallery)) == (2 * 2, 2 * 2, 2 * 2 + 3)
     assert sorted(identities(train)) == [1, 2]
@@ -133,7 +133,7 @@ def test_members_of_a_family_share_colours_and_differ_in_pattern() -> None:
     assert len({person.pattern for person in family}) == 4
 
 
-def test_the_hosts_own_handler_reads_it(root: Path) -> None:
+def test_the_market1501_handler_of_torchreid_reads_the_data(root: Path) -> None:
     torchreid: Any = pytest.importorskip("torchreid")
     manager = torchreid.data.ImageDataManager(
         root=str(root),
@@ -213,13 +213,15 @@ def test_an_interrupted_build_leaves_no_half_set(tmp_path: Path, monkeypatch: py
 
 
 @pytest.mark.usefixtures("blank")
-def test_what_a_killed_build_left_is_not_taken_for_a_set_and_not_in_the_way(tmp_path: Path) -> None:
+def test_leftovers_of_a_killed_build_are_ignored(tmp_path: Path) -> None:
     (tmp_path / ".demo-data-killed" / FOLDER / TRAIN).mkdir(parents=True)
     make_demo_data(tmp_path, **TINY)
     assert len(people(tmp_path, TRAIN)) == 4
 
 
-def test_of_two_builds_at_once_the_second_takes_the_firsts_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_second_of_two_simultaneous_builds_uses_the_data_of_the_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def overtaken(seed: int, shot: demo_data._Shot) -> bytes:
         monkeypatch.setattr(demo_data, "_render", lambda *_: b"")
         make_demo_data(tmp_path, **TINY)
@@ -240,7 +242,7 @@ def test_of_two_builds_at_once_the_second_takes_the_firsts_set(tmp_path: Path, m
         ({"train_identities": 1500, "test_identities": 2}, "1500 \\+ 2 identities; give 1501 or fewer"),
     ],
 )
-def test_a_setting_out_of_range_is_one_line_that_says_what_is_allowed(
+def test_a_setting_out_of_range_is_one_line_with_the_allowed_values(
     tmp_path: Path, change: dict[str, int], message: str
 ) -> None:
     with pytest.raises(UserError, match=message) as error:

@@ -1,4 +1,4 @@
-"""Data sets of one's own, `folder:PATH`: layouts, lists, and mistakes that are told with file and row."""
+"""Datasets of one's own, `folder:PATH`: layouts, lists, and mistakes that are told with file and row."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from PIL import Image
 from csalr_plugin.commands import main
 from csalr_plugin.demo_data import FOLDER
 from csalr_plugin.errors import UserError
-from csalr_plugin.hosts.folder import OwnData, file_stem, read_own
+from csalr_plugin.hosts.folder import FolderData, file_stem, read_folder_data
 
 HOSTS = ["torchreid"]
 if importlib.util.find_spec("fastreid") is not None:
@@ -29,27 +29,27 @@ def draw(path: Path) -> None:
 
 
 def make(root: Path, *names: str) -> str:
-    """Draw an image at each of `names` below `root`; return the name of the data set."""
+    """Draw an image at each of `names` below `root`; return the name of the dataset."""
     for name in names:
         draw(root / name)
     return f"folder:{root}"
 
 
 def listed(root: Path, rows: Sequence[Sequence[str]], header: str = "path,identity,camera,split") -> str:
-    """Write a CSV list of `rows`; return the name of the data set."""
+    """Write a CSV list of `rows`; return the name of the dataset."""
     root.mkdir(exist_ok=True)
     with (root / "list.csv").open("w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([header.split(","), *rows])
     return f"folder:{root / 'list.csv'}"
 
 
-def found(data: OwnData, split: str) -> list[tuple[str, int, int]]:
+def found(data: FolderData, split: str) -> list[tuple[str, int, int]]:
     return [(Path(path).name, identity, camera) for path, identity, camera in data.items(split)]
 
 
 def refusal(name: str) -> str:
     with pytest.raises(UserError) as error:
-        data = read_own(name)
+        data = read_folder_data(name)
         data.check(True, True, False, "csalr.shared_identities")
     assert "\n" not in str(error.value)
     return str(error.value)
@@ -58,7 +58,7 @@ def refusal(name: str) -> str:
 def test_a_folder_an_identity_takes_any_file_name_and_any_word_for_an_identity(tmp_path: Path) -> None:
     names = ["train/7/a.jpg", "train/0010/b.png", "train/Zoë Müller/c d.jpg", "train/赵/深/1.jpg"]
     names += ["query/ben/1.jpg", "gallery/ben/2.jpg", "gallery/anna/1.jpg"]
-    data = read_own(make(tmp_path / "my data", *names))
+    data = read_folder_data(make(tmp_path / "my data", *names))
     data.check(True, True, False, "csalr.shared_identities")
     # Numbers come first, as numbers, then words; gaps are closed.
     assert found(data, "train") == [("a.jpg", 0, 0), ("b.png", 1, 0), ("c d.jpg", 2, 0), ("1.jpg", 3, 0)]
@@ -69,30 +69,37 @@ def test_a_folder_an_identity_takes_any_file_name_and_any_word_for_an_identity(t
 def test_names_in_the_manner_of_market1501_give_identity_and_camera(tmp_path: Path) -> None:
     names = ["bounding_box_train/0002_c1s1_000451_03.jpg", "bounding_box_train/0010_c12s1_1_0.jpg"]
     names += ["query/anna_c1_x.jpg", "bounding_box_test/anna_c3_y.jpg", "bounding_box_test/-1_c1_y.jpg"]
-    data = read_own(make(tmp_path / "exp2_c1 [x]", *names))
+    data = read_folder_data(make(tmp_path / "exp2_c1 [x]", *names))
     data.check(True, True, False, "csalr.shared_identities")
     assert [image.camera for image in data.images["train"]] == [1, 12]
     assert found(data, "query") == [("anna_c1_x.jpg", 0, 0)]
     assert found(data, "gallery") == [("anna_c3_y.jpg", 0, 1)]
-    assert "marked as unusable (identity -1): 1" in data.report()
+    assert "images of identity -1 (unusable): 1" in data.report()
 
 
 def test_an_identity_is_the_same_with_leading_zeros_and_in_every_unicode_form(tmp_path: Path) -> None:
     composed, decomposed = (unicodedata.normalize(form, "Zoë") for form in ("NFC", "NFD"))
     names = ["query/7/1.jpg", f"query/{composed}/1.jpg", "gallery/0007/1.jpg", f"gallery/{decomposed}/1.jpg"]
-    data = read_own(make(tmp_path, *names))
+    data = read_folder_data(make(tmp_path, *names))
     assert [item[1] for item in data.items("query")] == [item[1] for item in data.items("gallery")] == [0, 1]
 
 
 def test_the_report_says_what_was_found_and_what_was_skipped_and_why(tmp_path: Path) -> None:
     name = make(tmp_path, "train/1/a.jpg", "train/1/b.jpg", "train/2/a.jpg", "train/lost.jpg", "train/3/.b.jpg")
+    make(tmp_path, "train/.ipynb_checkpoints/a.jpg", "train/1/.ipynb_checkpoints/a.jpg")
     make(tmp_path, "query/8/a.jpg", "gallery/8/b.jpg", "gallery/9/a.jpg")
     (tmp_path / "train" / "1" / "notes.txt").touch()
-    lines = read_own(name).report().splitlines()
+    lines = read_folder_data(name).report().splitlines()
     assert lines[0].split()[1:] == ["images", "identities", "cameras", "skipped"]
     table = {line.split()[0]: line for line in lines[2:5]}
     assert table["train"].split()[1:5] == ["3", "2", "not", "known"]
-    for reason in ("files of type '.txt', which", "hidden files: 1", "folders without images: 1", "folders: 1"):
+    for reason in (
+        "not images ('.txt'): 1",
+        "hidden files: 1",
+        "folders without images: 1",
+        "of identities: 1",
+        "hidden folders: 1",
+    ):
         assert reason in table["train"]
     assert table["gallery"].split()[1:3] == ["2", "2"] and table["gallery"].endswith("none")
     assert lines[5:] == ["The cameras are not known: images of one identity count as images from different cameras."]
@@ -101,25 +108,25 @@ def test_the_report_says_what_was_found_and_what_was_skipped_and_why(tmp_path: P
 def test_a_missing_query_is_drawn_from_the_gallery_the_same_in_every_run_and_said(tmp_path: Path) -> None:
     names = [f"gallery/{person}/{number}.jpg" for person in range(6) for number in range(8)]
     name = make(tmp_path, "train/a/1.jpg", "train/b/1.jpg", *names, "gallery/single/1.jpg")
-    data = read_own(name)
+    data = read_folder_data(name)
     data.check(True, True, False, "csalr.shared_identities")
     query, gallery = data.images["query"], data.images["gallery"]
     assert [image.identity for image in query] == list(range(6))
     assert len({Path(image.path).name for image in query}) > 1
     assert len(gallery) == 6 * 7 + 1 and not {image.path for image in query} & {image.path for image in gallery}
-    assert read_own(name).images == data.images
+    assert read_folder_data(name).images == data.images
     assert (
-        "one an identity, with seed 0: 6. Identities with no other image to match, which stay in the gallery: 1."
+        "one for each identity, with seed 0: 6. Identities without a query, because they have no second image: 1."
         in data.report()
     )
     make(tmp_path, "gallery/another/1.jpg", "gallery/another/2.jpg")
-    assert read_own(name).images["query"][:6] == query  # one more person changes no other person's query
+    assert read_folder_data(name).images["query"][:6] == query  # one more person changes no other person's query
 
 
 def test_a_query_is_drawn_only_where_another_camera_has_a_match(tmp_path: Path) -> None:
     names = ["train/1_c1_a.jpg", "train/2_c1_a.jpg", "gallery/5_c1_a.jpg", "gallery/5_c1_b.jpg"]
     assert "no gallery identity has two images from different cameras" in refusal(make(tmp_path, *names))
-    data = read_own(make(tmp_path, "gallery/6_c1_a.jpg", "gallery/6_c2_a.jpg"))
+    data = read_folder_data(make(tmp_path, "gallery/6_c1_a.jpg", "gallery/6_c2_a.jpg"))
     assert [image.identity for image in data.images["query"]] == [6]
 
 
@@ -138,7 +145,7 @@ def test_a_list_gives_path_identity_camera_and_split(tmp_path: Path, written: st
         entries[0]["identity"] = 7
         (tmp_path / "list.json").write_text(json.dumps(entries))
         name = f"folder:{tmp_path / 'list.json'}"
-    data = read_own(name)
+    data = read_folder_data(name)
     data.check(True, True, False, "csalr.shared_identities")
     assert found(data, "train") == [("a b.jpg", 0, 0), ("ü.jpg", 1, 1)]
     assert found(data, "query") == [("q.jpg", 0, 0)] and found(data, "gallery") == [("g.jpg", 0, 1)]
@@ -151,18 +158,18 @@ ROWS = [("a.jpg", "1", "1", "train"), ("b.jpg", "2", "1", "train"), ("c.jpg", "3
     ("row", "told"),
     [
         (("missing.jpg", "3", "2", "gallery"), r"list.csv, row 5: image '.*missing.jpg' does not exist"),
-        (("", "3", "2", "gallery"), "list.csv, row 5: there is no path"),
-        (("d.jpg", " ", "2", "gallery"), "list.csv, row 5: there is no identity"),
+        (("", "3", "2", "gallery"), "list.csv, row 5: path is empty"),
+        (("d.jpg", " ", "2", "gallery"), "list.csv, row 5: identity is empty"),
         (("d.jpg", "3", "2", "galery"), "row 5: split is 'galery'; it must be one of train, query, gallery.*'gallery'"),
         (("d.jpg", "3", "gallery"), "list.csv, row 5: there are 3 values for 4 columns"),
-        (("a.jpg", "3", "2", "gallery"), r"row 5: image '.*a.jpg' is listed in row 2 already"),
+        (("a.jpg", "3", "2", "gallery"), r"row 5: image '.*a.jpg' is already in row 2"),
         ((".", "3", "2", "gallery"), "row 5: image '.*' is not a file"),
     ],
 )
 def test_a_mistake_in_a_list_is_told_with_file_and_row(tmp_path: Path, row: tuple[str, ...], told: str) -> None:
     make(tmp_path, "a.jpg", "b.jpg", "c.jpg", "d.jpg")
     with pytest.raises(UserError, match=told) as error:
-        read_own(listed(tmp_path, [*ROWS, row]))
+        read_folder_data(listed(tmp_path, [*ROWS, row]))
     assert "\n" not in str(error.value)
 
 
@@ -180,7 +187,7 @@ def test_a_mistake_in_a_list_is_told_with_file_and_row(tmp_path: Path, row: tupl
         ("list.json", b"{}", "must be a JSON list of objects"),
         ("list.json", b"[1]", "entry 1: it must be an object"),
         ("list.json", b'[{"path": "a.jpg", "identity": 1.5, "split": "train"}]', "entry 1: identity must be text or"),
-        ("list.json", b'[{"path": "a.jpg", "split": "train"}]', "entry 1: there is no identity"),
+        ("list.json", b'[{"path": "a.jpg", "split": "train"}]', "entry 1: identity is empty"),
         ("list.txt", b"", "is neither a folder nor a .csv or .json list"),
     ],
 )
@@ -195,8 +202,8 @@ def test_a_list_that_cannot_be_read_is_one_line(tmp_path: Path, name: str, conte
     ("names", "told"),
     [
         (["a/1.jpg"], "needs train/, query/ and gallery/, each with ID/anything.jpg or .*; .* has a."),
-        (["train/1/a.jpg", "train/2_c1_a.jpg"], "train has folders with images, such as 1/, and images of its own"),
-        (["train/person1.jpg"], r"image '.*person1.jpg': its name does not say identity and camera"),
+        (["train/1/a.jpg", "train/2_c1_a.jpg"], "train mixes two layouts"),
+        (["train/person1.jpg"], r"image '.*person1.jpg': its name does not contain identity and camera"),
         (["train/1/a.jpg", "bounding_box_train/1/a.jpg"], "has both train/ and bounding_box_train/"),
         (["train/1/notes.txt"], "train has no images"),
         (["query/1/a.jpg", "gallery/1/b.jpg"], "has no training images"),
@@ -209,7 +216,7 @@ def test_a_folder_that_cannot_be_used_is_one_line(tmp_path: Path, names: list[st
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
     with pytest.raises(UserError, match=told) as error:
-        read_own(f"folder:{tmp_path}").check(True, True, False, "csalr.shared_identities")
+        read_folder_data(f"folder:{tmp_path}").check(True, True, False, "csalr.shared_identities")
     assert "\n" not in str(error.value)
 
 
@@ -217,14 +224,14 @@ def test_a_folder_that_cannot_be_used_is_one_line(tmp_path: Path, names: list[st
     "name", ["folder:", "folder: ", "folder:/no/such/place", "folder:~nobody", "folder:" + 300 * "x"]
 )
 def test_a_path_that_does_not_exist_is_one_line(name: str) -> None:
-    assert "data set 'folder:" in refusal(name)
+    assert "dataset 'folder:" in refusal(name)
 
 
 def test_an_identity_in_train_and_query_needs_a_word_of_its_own(tmp_path: Path) -> None:
     name = make(tmp_path, "train/1/a.jpg", "train/2/a.jpg", "query/2/b.jpg", "gallery/2/c.jpg")
     line = refusal(name)
     assert "identity '2' is in train" in line and "train/2/a.jpg" in line and "csalr.shared_identities True" in line
-    data = read_own(name)
+    data = read_folder_data(name)
     data.check(True, True, True, "csalr.shared_identities")  # with it
     data.check(False, True, False, "csalr.shared_identities")  # not trained on
 
@@ -266,7 +273,7 @@ def items_of(host: str, name: str, root: Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 def relaid(root: Path, folder: Path) -> str:
-    """Copy the demo data to `folder` as ID/file.jpg, with a list that says the cameras; return the data set's name."""
+    """Copy the demo data to `folder` as ID/file.jpg, with a list that says the cameras; return the dataset's name."""
     rows = []
     for subset, split in (("bounding_box_train", "train"), ("query", "query"), ("bounding_box_test", "gallery")):
         for path in sorted((root / FOLDER / subset).iterdir(), reverse=True):
@@ -355,7 +362,7 @@ def test_fastreid_checks_a_folder_before_each_evaluation_and_logs_its_report_onc
 
 def test_a_query_without_a_match_is_counted_in_the_report(tmp_path: Path) -> None:
     name = make(tmp_path, "query/x/1.jpg", "query/y/1.jpg", "gallery/x/2.jpg")
-    assert "without a gallery image of their identity from another camera: 1." in read_own(name).report()
+    assert "without a gallery image of their identity from another camera: 1." in read_folder_data(name).report()
 
 
 def test_a_folder_and_a_data_set_of_the_host_are_trained_on_together(tiny_data: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Data sets of both hosts: file names, checks before training, and the ranking of small galleries."""
+"""Datasets of both hosts: file names, checks before training, and the ranking of small galleries."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ import numpy as np
 from csalr_plugin.errors import UserError
 from csalr_plugin.hosts.images import is_image_name
 
-OWN_LAYOUT = "or lay the images out as your own data set, folder:PATH (README, 'Your own images')"
+_OWN_LAYOUT = "or use a user dataset, folder:PATH (README, 'Your own images')"
 
 
 class NameRule(NamedTuple):
-    """The form of a data set's file names, and the ranges of the two numbers in it."""
+    """Pattern of the file names of a dataset, with the ranges of its identities and cameras."""
 
     pattern: re.Pattern[str]  # group 1: identity, group 2: camera
     example: str
-    identities: range  # -1 marks an image that the data set itself declares as unusable
+    identities: range  # -1 marks unusable images
     cameras: range
 
 
@@ -33,17 +33,17 @@ CUHK_SYSU = NameRule(re.compile(r"p(-?\d+)_s(\d+)", re.ASCII), "p1_s1_1.jpg", ra
 
 
 def named_images(folder: str | Path, rule: NameRule) -> list[tuple[str, int, int]]:
-    """List the images of one folder of a host's data set; their names say whose they are.
+    """List the images of one folder of a dataset, with the identity and camera in their file names.
 
-    The hosts' own handlers search the whole path, so a folder called "exp2_c1" would give every image its identity
-    and camera; they read one digit of the camera, find nothing below a folder with "[" in its name, and take *.jpg
-    alone.
+    The handlers of the hosts search the whole path, so that a folder named "exp2_c1" gives every image below it the
+    same identity and camera. They also read only one digit of the camera, find no images below a folder with "[" in
+    its name, and ignore all files but ``*.jpg``.
 
     Returns:
-        Path, identity and camera as in the name, ordered by identity, then by name. Images of identity -1 are left out.
+        Path, identity and camera of each image, sorted by identity, then by name. Images of identity -1 are skipped.
 
     Raises:
-        UserError: the folder has no images, or an image's name has another form or a number out of range.
+        UserError: the folder has no images, or the name of an image has no identity and camera or one out of range.
     """
     folder = Path(folder)
     names = sorted(file.name for file in folder.iterdir() if file.is_file() and not file.name.startswith("."))
@@ -55,15 +55,15 @@ def named_images(folder: str | Path, rule: NameRule) -> list[tuple[str, int, int
         match = rule.pattern.search(name)
         if match is None:
             raise UserError(
-                f"image '{folder / name}': its name does not say identity and camera; name it like {rule.example}, "
-                f"{OWN_LAYOUT}."
+                f"image {str(folder / name)!r}: its name does not contain identity and camera; name it like "
+                f"{rule.example}, {_OWN_LAYOUT}."
             )
         identity, camera = int(match[1]), int(match[2])
         for word, number, allowed in (("identity", identity, rule.identities), ("camera", camera, rule.cameras)):
             if number not in allowed:
                 raise UserError(
-                    f"image '{folder / name}': its name says {word} {number}, and this data set has "
-                    f"{max(allowed.start, 0)} to {allowed.stop - 1}; rename it, {OWN_LAYOUT}."
+                    f"image {str(folder / name)!r}: its name contains {word} {number}, and this dataset has "
+                    f"{max(allowed.start, 0)} to {allowed.stop - 1}; rename it, {_OWN_LAYOUT}."
                 )
         if identity != -1:
             found.append((str(folder / name), identity, camera))
@@ -74,39 +74,43 @@ def _why_empty(folder: Path, names: Sequence[str]) -> str:
     below = next((file for file in folder.rglob("*") if file.is_file() and is_image_name(file.name)), None)
     if below is not None:
         return (
-            f"folder '{folder}' has its images in sub-folders, such as '{below.relative_to(folder)}', where the host "
-            f"does not look; move them into the folder itself, {OWN_LAYOUT}."
+            f"folder '{folder}' has images only in sub-folders, such as '{below.relative_to(folder)}', which the host "
+            f"does not read; move them into the folder itself, {_OWN_LAYOUT}."
         )
     if names:
-        return (
-            f"folder '{folder}' has {len(names)} files and none of an image type, such as '{names[0]}'; put JPEG or "
-            "PNG images there."
-        )
-    return f"folder '{folder}' is empty; put the images of the data set there."
+        return f"folder '{folder}' has {len(names)} files and no image, such as {names[0]!r}; put the images there."
+    return f"folder '{folder}' is empty; put the images of the dataset there."
 
 
 def check_training(names: Sequence[str], identities: int) -> None:
-    """Check that the training images of the data sets `names` have two identities or more.
+    """Check that the training images have at least two identities.
+
+    Args:
+        names: of the datasets.
+        identities: their number.
 
     Raises:
-        UserError: they do not, so that every prediction is right and the network learns nothing.
+        UserError: there is only one identity, so that every prediction is right and nothing is learned.
     """
     if identities < 2:
         raise UserError(
-            f"all training images of {', '.join(names)} are of one identity; training needs two or more: check the "
+            f"all training images of {', '.join(names)} are of one identity, and training needs two or more; check the "
             "file names, or add images of other people."
         )
 
 
 def check_evaluation(name: str, query: Sequence[Any], gallery: Sequence[Any]) -> None:
-    """Check that at least one query of data set `name` has a match: its identity, from another camera.
+    """Check that at least one query has a match: a gallery image of its identity from another camera.
+
+    Without this check the first evaluation fails, after training.
 
     Args:
-        name: of the data set.
-        query, gallery: tuples that begin with path, identity, camera.
+        name: of the dataset.
+        query: tuples that begin with path, identity and camera.
+        gallery: the same.
 
     Raises:
-        UserError: there is nothing to rank; otherwise that is found at the first evaluation, after training.
+        UserError: no query has a match, or there are no query or no gallery images.
     """
     for subset, items in (("query", query), ("gallery", gallery)):
         if not items:

@@ -1,4 +1,4 @@
-"""The image reader of both hosts: any file that Pillow reads becomes the same RGB pixels in each of them."""
+"""The image reader of both hosts, which converts every mode of Pillow to RGB."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
@@ -19,14 +20,14 @@ UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError, Im
 
 
 def read_image(path: str | Path) -> Image.Image:
-    """Read an image as 8-bit RGB, turned upright by its EXIF orientation.
+    """Read an image as 8-bit RGB, rotated by its EXIF orientation.
 
-    Transparency is dropped and the stored colours are kept, as in torchvision and OpenCV. Of 16-bit grey values the
-    high byte is kept, as Pillow does for 16-bit colour. 32-bit values are taken to range from 0 to 1 (floating point
-    only), 255 or 65535, whichever the largest value fits.
+    The alpha channel is dropped, as in torchvision and OpenCV. 16-bit grey keeps the high byte, as Pillow does for
+    16-bit colour. 32-bit grey has the range from 0 to 1 (floating point only), to 255 or to 65535: the smallest of them
+    that contains all of its values.
 
     Raises:
-        UserError: the file is missing or does not decode, or its values have none of these ranges.
+        UserError: the file is missing or does not decode, or its values are outside of these ranges.
     """
     try:
         with Image.open(path) as image:
@@ -36,32 +37,32 @@ def read_image(path: str | Path) -> Image.Image:
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    with contextlib.suppress(Exception):  # malformed EXIF fails in many ways, and the pixels may be intact
+    with contextlib.suppress(Exception):  # malformed EXIF raises errors of many types; the pixels may be intact
         return ImageOps.exif_transpose(image)
     return image
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode in ("I", "F") or image.mode.startswith("I;16"):  # convert("RGB") would clip these at 255
+    if image.mode in ("I", "F") or image.mode.startswith("I;16"):  # convert("RGB") clips them at 255
         return Image.fromarray(_to_bytes(image)).convert("RGB")
     if image.mode == "LAB":
         lab, srgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
-        return ImageCms.profileToProfile(image, lab, srgb, outputMode="RGB") or image
-    if image.mode in ("La", "RGBa"):  # colours multiplied by the transparency
+        return cast(Image.Image, ImageCms.profileToProfile(image, lab, srgb, outputMode="RGB"))
+    if image.mode in ("La", "RGBa"):  # premultiplied alpha
         image = image.convert("LA" if image.mode == "La" else "RGBA")
-    elif "transparency" in image.info:  # Pillow warns about a direct conversion to RGB
+    elif "transparency" in image.info:  # Pillow warns about the direct conversion to RGB
         image = image.convert("RGBA")
     return image.convert("RGB")
 
 
 def _to_bytes(image: Image.Image) -> np.ndarray:
-    """Return grey values of 16 or 32 bits as bytes, (H, W)."""
+    """Return 16-bit or 32-bit grey values as 8-bit values, (H, W)."""
     values = np.asarray(image)
     low, high = float(values.min()), float(values.max())
-    # The 16-bit formats that some versions of Pillow open as 32-bit integers.
+    # Pillow opens some 16-bit formats as 32-bit integers.
     if image.mode.startswith("I;16") or image.format in ("PNG", "PPM", "JPEG2000"):
         return (values.astype(np.int64).clip(0, 65535) >> 8).astype(np.uint8)
-    if not (low >= 0 and high <= 65535):  # a NaN too
+    if not (low >= 0 and high <= 65535):  # true for NaN
         raise ValueError(f"its values range from {low:g} to {high:g}; allowed are 0 to 1, 0 to 255 and 0 to 65535")
     if image.mode == "F" and high <= 1:
         values = values * 255
@@ -71,7 +72,7 @@ def _to_bytes(image: Image.Image) -> np.ndarray:
 
 
 def unreadable(path: str, error: BaseException) -> UserError:
-    """Return the error for an image that Pillow raised `error`, one of `UNREADABLE`, for."""
+    """Return the `UserError` for an image for which Pillow raised `error`, one of `UNREADABLE`."""
     reason = getattr(error, "strerror", None) or str(error)
     if isinstance(error, UnidentifiedImageError):  # its text is only the path
         reason = "the content is not an image"
@@ -79,10 +80,10 @@ def unreadable(path: str, error: BaseException) -> UserError:
 
 
 def check_images(paths: Collection[str]) -> None:
-    """Decode every image once, so that a damaged file is found before training starts.
+    """Decode every image once, so that damaged files are found before training starts.
 
     Raises:
-        UserError: names the first image that cannot be read.
+        UserError: an image cannot be read; the message names the first one.
     """
 
     def decode(path: str) -> None:
@@ -94,7 +95,7 @@ def check_images(paths: Collection[str]) -> None:
 
 
 def is_image_name(name: str) -> bool:
-    """Return whether `name` ends like an image file that Pillow opens, in any case."""
+    """Return whether the extension of `name`, in upper or lower case, is one of an image format that Pillow reads."""
     return Path(name).suffix.lower() in _extensions()
 
 

@@ -226,7 +226,7 @@ KEYS = (
     Key("channels_last", False, BOOLEAN, "channels_last memory format of images and feature maps"),
     Key("compile", False, BOOLEAN, "compile the network with torch.compile: minutes at first, then faster"),
     Key("overwrite", False, BOOLEAN, "let a run write into a folder that holds an earlier run's checkpoints"),
-    Key("shared_identities", False, BOOLEAN, "let a data set folder:PATH have an identity in both train and query"),
+    Key("shared_identities", False, BOOLEAN, "let a dataset folder:PATH have an identity in both train and query"),
     Key("rpp.pcb_epochs", 40, integer(0, MANY), "epochs of plain PCB before refined part pooling"),
     Key(
         "rpp.part_classifier_epochs",

@@ -24,7 +24,7 @@ from torchvision.transforms import InterpolationMode, RandomResizedCrop, Resize
 
 from csalr_plugin.extras import needs
 from csalr_plugin.hosts.data import CUHK_SYSU, DUKEMTMC, MARKET1501, VERI, NameRule, named_images, padded
-from csalr_plugin.hosts.folder import is_own, read_own
+from csalr_plugin.hosts.folder import is_folder_name, read_folder_data
 from csalr_plugin.hosts.images import read_image
 from csalr_plugin.models import MODEL_NAMES
 
@@ -81,7 +81,7 @@ def apply() -> None:
         read_every_image_mode,
         resize_alike,
         read_file_names,
-        find_own_data,
+        accept_folder_names,
         mend_checkpoints,
         transform_with_todays_torchvision,
         print_short_trainings,
@@ -186,9 +186,9 @@ def rerank_without_cuda() -> None:
 
 
 def read_every_image_mode() -> None:
-    """Read images with the reader of both hosts.
+    """Use the image reader of both hosts.
 
-    fast-reid takes palette indices for grey values, and passes transparency on to the network, which is an error.
+    fast-reid reads palette indices as grey values, and passes the alpha channel to the network, which raises an error.
     """
 
     def read(file_name: str, format: str | None = None) -> Image.Image:
@@ -202,10 +202,11 @@ def read_every_image_mode() -> None:
 
 
 def resize_alike() -> None:
-    """Resize images for the plugin's models with torchreid's bilinear filter; fast-reid's is bicubic.
+    """Resize images for the plugin's models with the bilinear filter of torchreid, not the bicubic one of fast-reid.
 
-    So the same file gives the same embedding in both hosts. It is the bilinear filter for torchreid's extractor and
-    torchvision's default have it too. fast-reid's own models keep the filter that their weights were trained with.
+    The same file then has the same embedding in both hosts. The filter is bilinear because torchreid's
+    `FeatureExtractor`, its pretrained models and torchvision's default are. fast-reid's own models keep the bicubic
+    filter, with which their weights were trained.
     """
     build = _module("data.build")
     host_transforms = build.build_transforms
@@ -221,18 +222,18 @@ def resize_alike() -> None:
 
 
 def read_file_names() -> None:
-    """Find identity and camera in an image's own name, in the handlers that search the whole path for them."""
+    """Read identity and camera from the file name only, in the handlers that search the whole path."""
     datasets = _module("data.datasets")
     for name, rule in (("Market1501", MARKET1501), ("DukeMTMC", DUKEMTMC), ("VeRi", VERI), ("cuhkSYSU", CUHK_SYSU)):
         getattr(datasets, name).process_dir = _process_dir(rule)
 
 
 def _process_dir(rule: NameRule) -> Callable[..., list[tuple[str, Any, Any]]]:
-    """Return a handler's `process_dir` for file names of this form."""
+    """Return the method `process_dir` of a handler for file names of this form."""
 
     def process_dir(self: Any, dir_path: str, is_train: bool = True) -> list[tuple[str, Any, Any]]:
         images = named_images(dir_path, rule)
-        # In the file names of CUHK-SYSU the second number is no camera.
+        # The second number in a file name of CUHK-SYSU is not a camera.
         numbered = [(path, one, 0 if rule is CUHK_SYSU else camera - 1) for path, one, camera in images]
         if not is_train:
             return numbered
@@ -241,17 +242,17 @@ def _process_dir(rule: NameRule) -> Callable[..., list[tuple[str, Any, Any]]]:
     return process_dir
 
 
-def find_own_data() -> None:
-    """Take ``folder:PATH`` for the name of a data set."""
+def accept_folder_names() -> None:
+    """Accept ``folder:PATH`` as the name of a dataset."""
     registry = _module("data.datasets").DATASET_REGISTRY
     registry_get = registry.get
 
     def get(name: str) -> Any:
-        if not is_own(name):
+        if not is_folder_name(name):
             return registry_get(name)
-        from csalr_plugin.hosts.fastreid.datasets import OwnDataset
+        from csalr_plugin.hosts.fastreid.datasets import FolderDataset
 
-        return partial(OwnDataset, read_own(name))
+        return partial(FolderDataset, read_folder_data(name))
 
     registry.get = get
 

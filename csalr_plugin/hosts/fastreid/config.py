@@ -22,7 +22,7 @@ from csalr_plugin.errors import UserError, shown, suggest
 from csalr_plugin.hosts import keys
 from csalr_plugin.hosts.config import CheckedConfig, read_yaml
 from csalr_plugin.hosts.fastreid.ranges import IDENTITY_SAMPLERS, check_of
-from csalr_plugin.hosts.folder import is_own
+from csalr_plugin.hosts.folder import is_folder_name
 from csalr_plugin.hosts.keys import TEXT
 from csalr_plugin.models import MODEL_NAMES
 
@@ -147,7 +147,7 @@ def validate(cfg: CfgNode) -> None:
     if cfg.MODEL.META_ARCHITECTURE not in MODEL_NAMES:
         _check_name("MODEL.BACKBONE.NAME", cfg.MODEL.BACKBONE.NAME, BACKBONE_REGISTRY)
         _check_name("MODEL.HEADS.NAME", cfg.MODEL.HEADS.NAME, REID_HEADS_REGISTRY)
-    if cfg.TEST.PRECISE_BN.ENABLED and not is_own(cfg.TEST.PRECISE_BN.DATASET):
+    if cfg.TEST.PRECISE_BN.ENABLED and not is_folder_name(cfg.TEST.PRECISE_BN.DATASET):
         _check_name("TEST.PRECISE_BN.DATASET", cfg.TEST.PRECISE_BN.DATASET, DATASET_REGISTRY, "folder:PATH")
     for key in ("SIZE_TRAIN", "SIZE_TEST"):
         size = cfg.INPUT[key]
@@ -156,7 +156,7 @@ def validate(cfg: CfgNode) -> None:
     _check_optimizer(cfg)
     for key in ("NAMES", "TESTS"):
         for name in cfg.DATASETS[key]:
-            if not is_own(name):
+            if not is_folder_name(name):
                 _check_name(f"DATASETS.{key}", name, DATASET_REGISTRY, "folder:PATH")
     for key, (only, reason) in _LEFT_TO_THE_HOST.items():
         value: Any = ours
@@ -181,7 +181,7 @@ def validate(cfg: CfgNode) -> None:
         )
     _check_shares(cfg, world_size())
     root = Path(os.environ.get("FASTREID_DATASETS", "datasets"))
-    of_host = next((name for name in (*cfg.DATASETS.NAMES, *cfg.DATASETS.TESTS) if not is_own(name)), None)
+    of_host = next((name for name in (*cfg.DATASETS.NAMES, *cfg.DATASETS.TESTS) if not is_folder_name(name)), None)
     if of_host is not None and not root.is_dir():
         raise UserError(
             f"dataset root '{root}' is not a folder: set the environment variable FASTREID_DATASETS to the folder that "

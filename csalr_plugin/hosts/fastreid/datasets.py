@@ -1,4 +1,4 @@
-"""Data sets of a run in fast-reid: checked before training, with each mistake told in one line."""
+"""Checking the datasets of a fast-reid run."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fastreid.utils import comm
 
 from csalr_plugin.errors import UserError, first_line
 from csalr_plugin.hosts.data import check_evaluation, check_training
-from csalr_plugin.hosts.folder import OwnData, is_own, read_own
+from csalr_plugin.hosts.folder import FolderData, is_folder_name, read_folder_data
 from csalr_plugin.hosts.images import check_images
 
 _logged: set[str] = set()
@@ -22,50 +22,49 @@ logger = logging.getLogger(__name__.replace("csalr_plugin.hosts.fastreid", "fast
 
 
 def data_root() -> str:
-    """Return the folder of the data sets, as the environment names it now."""
+    """Return the current value of the environment variable FASTREID_DATASETS, the folder of the datasets."""
     return os.environ.get("FASTREID_DATASETS", "datasets")
 
 
-class OwnDataset(ImageDataset):  # type: ignore[misc]  # fast-reid carries no types
-    """A data set ``folder:PATH`` as one of fast-reid's.
+class FolderDataset(ImageDataset):  # type: ignore[misc]  # fast-reid carries no types
+    """A user dataset ``folder:PATH`` for fast-reid.
 
     Args:
-        data: its images.
-        root: unused, the path is in the name.
-        options: those of fast-reid's `ImageDataset`.
+        data: the images of the dataset.
+        root: unused; the path is in the name of the dataset.
+        options: options of fast-reid's `ImageDataset`.
     """
 
-    def __init__(self, data: OwnData, root: str = "", **options: Any) -> None:
-        # fast-reid sorts training identities as text, with the data set's name before them.
+    def __init__(self, data: FolderData, root: str = "", **options: Any) -> None:
+        # As in the handlers of fast-reid, a training identity is text that starts with the name of the dataset.
         labelled = zip(data.items("train"), data.images["train"], strict=True)
         train = [
             (path, f"{data.name}_{image.identity}", f"{data.name}_{camera}") for (path, _, camera), image in labelled
         ]
         super().__init__(train, data.items("query"), data.items("gallery"), **options)
-
         self.report = data.report()
 
     def show_train(self) -> None:
-        """Log the report of the data set, once in a process."""
+        """Log the report of the dataset, once in each process."""
         if self.report not in _logged:
             _logged.add(self.report)
-            logger.info(f"Data set:\n{self.report}")
+            logger.info(f"Dataset:\n{self.report}")
 
     show_test = show_train
 
 
 def check_data(cfg: CfgNode) -> None:
-    """Check that every data set can be trained and evaluated on, and decode its images once, before training starts.
+    """Check the datasets of a run and decode all of their images, before training starts.
 
     Raises:
-        UserError: a data set is missing, empty or cannot be used, or an image does not decode.
+        UserError: a dataset is missing or cannot be used, or an image does not decode.
     """
     paths: dict[str, None] = {}
     identities: set[Any] = set()
     for name in dict.fromkeys([*cfg.DATASETS.NAMES, *cfg.DATASETS.TESTS]):
         as_source, as_target = name in cfg.DATASETS.NAMES, name in cfg.DATASETS.TESTS
-        if is_own(name):
-            _check_own(cfg, name, as_source, as_target)
+        if is_folder_name(name):
+            _check_folder(cfg, name, as_source, as_target)
         train, query, gallery = _read(name, cfg.DATASETS.COMBINEALL and as_source)
         if as_source and not train:
             raise UserError(f"FASTREID_DATASETS '{data_root()}': dataset {name} has no training images.")
@@ -81,13 +80,13 @@ def check_data(cfg: CfgNode) -> None:
 
 
 def check_target(cfg: CfgNode, name: str) -> None:
-    """Check that one data set can be evaluated on.
+    """Check one dataset before an evaluation.
 
     Raises:
-        UserError: it is missing, empty or cannot be used.
+        UserError: the dataset is missing or cannot be evaluated.
     """
-    if is_own(name):
-        read_own(name).check(False, True, cfg.CSALR.SHARED_IDENTITIES, "CSALR.SHARED_IDENTITIES")
+    if is_folder_name(name):
+        read_folder_data(name).check(False, True, cfg.CSALR.SHARED_IDENTITIES, "CSALR.SHARED_IDENTITIES")
     _, query, gallery = _read(name, False)
     check_evaluation(name, query, gallery)
     _check_neighbours(cfg, name, len(query) + len(gallery))
@@ -106,27 +105,27 @@ def _check_neighbours(cfg: CfgNode, name: str, images: int) -> None:
             )
 
 
-def _check_own(cfg: CfgNode, name: str, as_source: bool, as_target: bool) -> None:
+def _check_folder(cfg: CfgNode, name: str, as_source: bool, as_target: bool) -> None:
     if cfg.DATASETS.COMBINEALL:
         raise UserError(
-            f"config key 'DATASETS.COMBINEALL' is True, which is not for '{name}': move the images to train on into "
-            "its train split, or set it to False."
+            f"config key 'DATASETS.COMBINEALL' is True, which '{name}' does not support; move all images for training "
+            "into its train split, or set it to False."
         )
-    read_own(name).check(as_source, as_target, cfg.CSALR.SHARED_IDENTITIES, "CSALR.SHARED_IDENTITIES")
+    read_folder_data(name).check(as_source, as_target, cfg.CSALR.SHARED_IDENTITIES, "CSALR.SHARED_IDENTITIES")
 
 
 def _read(name: str, combine_all: bool) -> tuple[list[Any], list[Any], list[Any]]:
-    """Return the training, query and gallery images of a data set."""
+    """Return the training, query and gallery images of a dataset."""
     try:
         dataset = DATASET_REGISTRY.get(name)(root=data_root(), combineall=combine_all)
         return dataset.train, dataset.query, dataset.gallery
     except UserError:
         raise
-    except Exception as error:  # a handler fails in any way where files are not as it expects them
+    except Exception as error:  # handlers raise errors of all types if the files differ from their layout
         where = ", for Market1501 in ROOT/Market-1501-v15.09.15/{bounding_box_train,query,bounding_box_test}"
         hint = where if name == "Market1501" else ""
         if glob.escape(data_root()) != data_root():
-            hint += "; it finds none below a folder with *, ? or [ in its name"
+            hint += "; it cannot read below a folder with *, ? or [ in its name"
         raise UserError(
             f"FASTREID_DATASETS '{data_root()}': dataset {name} cannot be read ({first_line(error)}); put the images "
             f"where fast-reid's handler looks for them{hint}."

@@ -121,7 +121,7 @@ class Trainer(DefaultTrainer):  # type: ignore[misc]  # fast-reid carries no typ
         """The host's loader, from the dataset root that the environment names now, not when it was imported.
 
         Raises:
-            UserError: the data set is missing or empty, or no query has a match in its gallery.
+            UserError: the dataset is missing or empty, or no query has a match in its gallery.
         """
         host_data._root = data_root()
         check_target(cfg, dataset_name)

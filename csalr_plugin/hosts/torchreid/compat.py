@@ -1,4 +1,4 @@
-"""Corrections of torchreid for today's torch and NumPy, and of its data sets, each with its reason.
+"""Corrections of torchreid for today's torch and NumPy, and of its datasets, each with its reason.
 
 Numbers are those of issues of KaiyangZhou/deep-person-reid.
 """
@@ -16,7 +16,7 @@ import numpy as np
 
 from csalr_plugin.errors import UserError
 from csalr_plugin.hosts.data import DUKEMTMC, MARKET1501, NameRule, named_images, padded
-from csalr_plugin.hosts.folder import is_own, read_own
+from csalr_plugin.hosts.folder import is_folder_name, read_folder_data
 from csalr_plugin.hosts.images import read_image
 from csalr_plugin.hosts.script import replaced
 from csalr_plugin.hosts.torchreid import host
@@ -37,7 +37,7 @@ def apply() -> None:
         draw_every_image_mode,
         read_file_names,
         number_identities,
-        find_own_data,
+        accept_folder_names,
         leave_console_open,
         rank_small_galleries,
         count_every_product,
@@ -76,9 +76,9 @@ def load_checkpoint(fpath: str) -> dict[str, Any]:
 
 
 def read_every_image_mode(torchreid: ModuleType) -> None:
-    """Read images, also those of `FeatureExtractor`, with the reader of both hosts.
+    """Use the image reader of both hosts, in `FeatureExtractor` too.
 
-    torchreid reads 16-bit grey as white, ignores the EXIF orientation, and tries a damaged file again for ever.
+    torchreid reads 16-bit grey as white, ignores the EXIF orientation, and retries a damaged file forever.
     """
     _replace(read_image, torchreid.utils.tools, torchreid.utils, torchreid.data.datasets.dataset)
     extract = torchreid.utils.FeatureExtractor.__call__
@@ -96,10 +96,10 @@ def read_every_image_mode(torchreid: ModuleType) -> None:
 
 
 def draw_every_image_mode(torchreid: ModuleType) -> None:
-    """Draw ranked results from the images that the network saw, and keep each of them.
+    """Draw ranked results with the image reader of both hosts, and write each result to its own file.
 
-    OpenCV reads fewer types of files than Pillow; and where two queries in different folders have the same name, the
-    second result would replace the first.
+    OpenCV reads fewer formats than Pillow. If two queries in different folders have the same file name, the result of
+    the second replaces that of the first.
     """
     tools = sys.modules[torchreid.utils.visualize_ranked_results.__module__]
     draw = torchreid.utils.visualize_ranked_results
@@ -127,14 +127,14 @@ def draw_every_image_mode(torchreid: ModuleType) -> None:
 
 
 def read_file_names(torchreid: ModuleType) -> None:
-    """Find identity and camera in an image's own name, in the handlers that search the whole path for them."""
+    """Read identity and camera from the file name only, in the handlers that search the whole path."""
     datasets = torchreid.data.datasets
     for handler, rule in ((datasets.Market1501, MARKET1501), (datasets.DukeMTMCreID, DUKEMTMC)):
         handler.process_dir = _process_dir(rule)
 
 
 def _process_dir(rule: NameRule) -> Callable[..., list[tuple[str, int, int]]]:
-    """Return a handler's `process_dir` for file names of this form."""
+    """Return the method `process_dir` of a handler for file names of this form."""
 
     def process_dir(self: Any, dir_path: str, relabel: bool = False) -> list[tuple[str, int, int]]:
         images = named_images(dir_path, rule)
@@ -145,11 +145,11 @@ def _process_dir(rule: NameRule) -> Callable[..., list[tuple[str, int, int]]]:
 
 
 def number_identities(torchreid: ModuleType) -> None:
-    """Number the training identities of each data set from 0, and name a subset that has no images.
+    """Number the training identities of each dataset from 0 without gaps, and refuse a subset without images.
 
-    The loss takes identities as indices. The lists of MSMT17 are used as they are, so that a part of it is an index
-    error; and where data sets are trained on together, torchreid adds the number of identities of one to those of the
-    next, which makes one person of two where there are gaps.
+    The loss uses identities as indices. torchreid takes those of MSMT17 from its lists, so that a subset of MSMT17
+    raises an IndexError. For several sources, torchreid adds the number of identities of one dataset to the identities
+    of the next one, so that gaps give two people the same label.
     """
     base = torchreid.data.datasets.dataset.Dataset
     host_init = base.__init__
@@ -160,7 +160,7 @@ def number_identities(torchreid: ModuleType) -> None:
         for subset, items in (("training", train), ("query", query), ("gallery", gallery)):
             if not items:
                 raise UserError(
-                    f"dataset {type(self).__name__} has no {subset} images; put them where it looks for them."
+                    f"dataset {type(self).__name__} has no {subset} images; add them where its handler reads them."
                 )
         labels = {identity: label for label, identity in enumerate(sorted({item[1] for item in train}))}
         numbered = [(item[0], labels[item[1]], *item[2:]) for item in train]
@@ -169,22 +169,22 @@ def number_identities(torchreid: ModuleType) -> None:
     base.__init__ = init
 
 
-def find_own_data(torchreid: ModuleType) -> None:
-    """Take ``folder:PATH`` for the name of an image data set."""
+def accept_folder_names(torchreid: ModuleType) -> None:
+    """Accept ``folder:PATH`` as the name of an image dataset."""
     manager = sys.modules[torchreid.data.ImageDataManager.__module__]
     host_init = torchreid.data.datasets.init_image_dataset
     if _is_ours(host_init):
         return
 
     def init_image_dataset(name: str, **options: Any) -> Any:
-        if not is_own(name):
+        if not is_folder_name(name):
             return host_init(name, **options)
-        from csalr_plugin.hosts.torchreid.datasets import OwnDataset
+        from csalr_plugin.hosts.torchreid.datasets import FolderDataset
 
-        data = read_own(name)
+        data = read_folder_data(name)
         if options.get("verbose", True):
             print(data.report())
-        return OwnDataset(data, **options)
+        return FolderDataset(data, **options)
 
     _replace(init_image_dataset, torchreid.data.datasets, manager)
 

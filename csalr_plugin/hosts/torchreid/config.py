@@ -11,7 +11,7 @@ import csalr_plugin
 from csalr_plugin.errors import UserError, shown, suggest
 from csalr_plugin.hosts import keys
 from csalr_plugin.hosts.config import CheckedConfig, read_yaml
-from csalr_plugin.hosts.folder import is_own
+from csalr_plugin.hosts.folder import is_folder_name
 from csalr_plugin.hosts.keys import MANY, PATH, TEXT, Check, integer, list_of, number, one_of
 
 # The keys and defaults of the host's scripts/default_config.py, which its PyPI package does not contain.
@@ -266,9 +266,9 @@ class Config(CheckedConfig):
         datasets = dataset_names(settings["data.type"])
         for key in ("data.sources", "data.targets"):
             for name in settings[key]:
-                if is_own(name) and settings["data.type"] == "video":
+                if is_folder_name(name) and settings["data.type"] == "video":
                     raise UserError(f"config key '{key}' is '{name}', which has images, and data.type is 'video'.")
-                if name not in datasets and not is_own(name):
+                if name not in datasets and not is_folder_name(name):
                     raise UserError(_unknown(key, name, datasets))
 
 

@@ -99,9 +99,9 @@ def _places(row: Array, own: NDArray[np.intp], others: NDArray[np.bool_]) -> NDA
 
     # A stranger may be as far as a match. The host's sort is not stable: only the very same sort breaks the tie alike.
     order = np.argsort(row)
-    is_own, is_left_out = np.zeros((2, len(row)), dtype=bool)
-    is_own[own] = True
+    is_folder_name, is_left_out = np.zeros((2, len(row)), dtype=bool)
+    is_folder_name[own] = True
     is_left_out[own[~others]] = True
-    places = np.flatnonzero(is_own[order])
+    places = np.flatnonzero(is_folder_name[order])
     left_out = is_left_out[order[places]]
     return (places - np.cumsum(left_out))[~left_out]

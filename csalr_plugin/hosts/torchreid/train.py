@@ -22,7 +22,7 @@ from csalr_plugin.errors import UserError, first_line, shown
 from csalr_plugin.files import make_writable_folder, remove_unfinished
 from csalr_plugin.hosts import distributed
 from csalr_plugin.hosts.config import recorded_settings
-from csalr_plugin.hosts.folder import is_own
+from csalr_plugin.hosts.folder import is_folder_name
 from csalr_plugin.hosts.resume import load_optimizer_state, replay_schedule
 from csalr_plugin.hosts.torchreid import register
 from csalr_plugin.hosts.torchreid.config import (
@@ -334,7 +334,7 @@ def prepare(config: Config) -> None:
         take_settings(config)
         config.validate()
     root, folder = Path(config.data.root).expanduser(), Path(config.data.save_dir).expanduser()
-    of_host = next((name for name in (*config.data.sources, *config.data.targets) if not is_own(name)), None)
+    of_host = next((name for name in (*config.data.sources, *config.data.targets) if not is_folder_name(name)), None)
     if of_host is not None and not root.is_dir():
         raise UserError(
             f"data.root {config.data.root!r} is not a folder: give the folder that holds {of_host} with --root, or "
