@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,9 +15,10 @@ from torch import nn
 
 from csalr_plugin.attention import build_attention
 from csalr_plugin.commands import main
+from csalr_plugin.errors import UserError
 from csalr_plugin.models import build_model
 from csalr_plugin.models.cost import count_gmacs, count_kept_bytes, kept_bytes
-from csalr_plugin.projects.benchmark import blocks, cost, harness, scale
+from csalr_plugin.projects.benchmark import blocks, cost, harness, scale, zoo
 
 COST = ["bench", "cost", "--quick", "--height", "64", "--width", "32", "--batch-size", "2", "--threads", "1"]
 SCALE = ["bench", "scale", "--quick", "--channels", "32", "--positions", "192", "768", "--threads", "1"]
@@ -315,6 +317,14 @@ def test_bench_zoo_adds_the_accuracy_of_given_weights_without_timing_again(tmp_p
     accuracy = after["counts"]["pcb"]["accuracy"]["market1501"]
     assert 0 < accuracy["mAP"] <= 1 and 0 <= accuracy["rank-1"] <= 1
     assert f"{accuracy['mAP']:.1%}" in (tmp_path / "zoo.md").read_text()
+
+
+def test_bench_zoo_evaluates_on_a_folder_without_a_root() -> None:
+    options = argparse.Namespace(weights=[f"pcb={__file__}"], root=None, sources=["folder:mine"], targets=None)
+    assert zoo.checkpoints(options, ["pcb"]) == {"pcb": Path(__file__)}
+    options.targets = ["market1501"]
+    with pytest.raises(UserError, match="add --root DIR and -s NAME, or -s folder:PATH"):
+        zoo.checkpoints(options, ["pcb"])
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from csalr_plugin.command_line import positive
 from csalr_plugin.errors import UserError, suggest
+from csalr_plugin.hosts.folder import is_folder_name
 from csalr_plugin.models import MODEL_NAMES
 from csalr_plugin.models.cost import count_gmacs, count_parameters
 
@@ -128,8 +129,9 @@ def checkpoints(options: argparse.Namespace, names: Sequence[str]) -> dict[str, 
         if not Path(path).expanduser().is_file():
             raise UserError(f"--weights {word!r}: {path!r} is not a file; give the path of a checkpoint.")
         found[name] = Path(path).expanduser()
-    if found and not (options.root and options.sources):
-        raise UserError("--weights needs the data to evaluate on: add --root DIR and -s NAME.")
+    datasets = [*(options.sources or ()), *(options.targets or ())]
+    if found and not (options.sources and (options.root or all(map(is_folder_name, datasets)))):
+        raise UserError("--weights needs the data to evaluate on: add --root DIR and -s NAME, or -s folder:PATH.")
     if options.root and not found:
         raise UserError("--root is for mAP and rank-1: add --weights MODEL=PATH.")
     return found
@@ -221,7 +223,7 @@ def accuracy(
         "model.name": name,
         "model.pretrained": False,
         "model.load_weights": str(path),
-        "data.root": str(options.root),
+        "data.root": str(options.root or "."),
         "data.sources": list(options.sources),
         "data.targets": list(targets),
         "data.height": height,
