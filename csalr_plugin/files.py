@@ -45,6 +45,25 @@ def write_json(path: Path, content: Any) -> None:
         unfinished.unlink(missing_ok=True)
 
 
+def check_space(folder: Path, size: int, purpose: str) -> None:
+    """Check that a file of `size` bytes fits on the disk of `folder`.
+
+    Args:
+        folder: an existing folder.
+        size: in bytes.
+        purpose: the file in words, for the message, for example "a checkpoint".
+
+    Raises:
+        UserError: less is free.
+    """
+    usage = shutil.disk_usage(folder)
+    if usage.total > 0 and usage.free < size:  # some network file systems report 0 of 0
+        raise UserError(
+            f"{str(folder)!r}: {purpose} needs {_megabytes(size)}, and {_megabytes(usage.free)} are free on this disk; "
+            "free some space, or give another folder."
+        )
+
+
 @contextmanager
 def complete_file(path: Path, size: int, advice: str) -> Iterator[Path]:
     """Yield a path to write to, and rename that file to `path` once the with statement ends without an error.
@@ -67,14 +86,19 @@ def complete_file(path: Path, size: int, advice: str) -> Iterator[Path]:
             os.fsync(written.fileno())
         os.replace(unfinished, path)
     except (OSError, RuntimeError) as error:  # RuntimeError: torch.save, which then has the OSError as its context
+        _remove(unfinished)
         os_error = error if isinstance(error, OSError) else error.__context__
         reason = getattr(os_error, "strerror", None) or first_line(error)
         raise UserError(
             f"{str(path)!r} cannot be written ({reason}): it needs {_megabytes(size)}, {_free(path.parent)}. {advice}"
         ) from error
     finally:
-        with suppress(OSError):  # the folder is gone or read-only
-            unfinished.unlink(missing_ok=True)
+        _remove(unfinished)
+
+
+def _remove(file: Path) -> None:
+    with suppress(OSError):  # the folder is gone or read-only
+        file.unlink(missing_ok=True)
 
 
 def remove_unfinished(folder: Path) -> None:

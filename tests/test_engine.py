@@ -1,14 +1,21 @@
-"""The engine: Eq. 18, resuming, the phases of RPP, stops."""
+"""The engine: Eq. 18, exact resuming, phases of RPP, stops and failures."""
 
 from __future__ import annotations
 
+import io
 import json
+import multiprocessing
 import os
+import re
+import resource
+import shutil
 import signal
+import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -197,6 +204,306 @@ def test_a_loss_that_is_not_finite_stops_with_one_line_and_the_last_checkpoint_s
     state = weights_of(tmp_path, 1)
     assert all(torch.isfinite(value).all() for value in state.values())
     assert not list((tmp_path / "model").glob("model.pth.tar-2*"))
+
+
+def small(data: Path, folder: Path, *overrides: Any) -> Config:
+    """Settings of a training that takes a second an epoch."""
+    return settings(data, folder, *SMALL, "train.max_epoch", 1, *overrides)
+
+
+def last_checkpoint_in(error: BaseException) -> Path:
+    """The checkpoint that a message names."""
+    match = re.search(r"checkpoint is '([^']+)'", str(error))
+    assert match, str(error)
+    return Path(match[1])
+
+
+def test_a_killed_worker_of_the_loader_is_one_line_with_a_checkpoint_that_resumes_exactly(
+    tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    straight = train(small(tiny_data, tmp_path / "whole"))
+    iteration = engine_module._PluginTraining.iteration
+
+    def kill_a_worker(self: Any, data: Any, number: int) -> dict[str, float]:
+        if number == 2:
+            for worker in multiprocessing.active_children():
+                os.kill(worker.pid, signal.SIGKILL)  # type: ignore[arg-type]
+        return iteration(self, data, number)
+
+    monkeypatch.setattr(engine_module._PluginTraining, "iteration", kill_a_worker)
+    with pytest.raises(UserError, match=r"a data loader's worker process was killed") as error:
+        train(small(tiny_data, tmp_path / "halves", "data.workers", 1))
+    assert "\n" not in str(error.value)
+    monkeypatch.setattr(engine_module._PluginTraining, "iteration", iteration)
+    path = last_checkpoint_in(error.value)
+    assert train(small(tiny_data, tmp_path / "halves", "model.resume", str(path))) == straight
+    expected, got = weights_of(tmp_path / "whole", 1), weights_of(tmp_path / "halves", 1)
+    assert all(torch.equal(expected[name], got[name]) for name in expected)
+
+
+@pytest.mark.parametrize(
+    "failure",
+    [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), MemoryError()],
+    ids=["cuda", "cpu"],
+)
+def test_exhausted_memory_is_one_line_with_the_last_checkpoint(
+    failure: Exception, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(self: Any, data: Any, number: int) -> dict[str, float]:
+        raise failure
+
+    monkeypatch.setattr(engine_module._PluginTraining, "iteration", fail)
+    with pytest.raises(UserError, match="memory is exhausted; a smaller batch takes less") as error:
+        train(small(tiny_data, tmp_path))
+    assert last_checkpoint_in(error.value).is_file()
+
+
+@pytest.fixture
+def file_limit() -> Iterator[Callable[[int], None]]:
+    """A function that lets no file of this process grow above a size, as a full disk does."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_checkpoint_that_does_not_fit_is_one_line_and_the_last_one_stays_whole(
+    tiny_data: Path, tmp_path: Path, file_limit: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save = engine_module._PluginTraining._save
+
+    def save_to_a_full_disk(self: Any, name: str, *more: Any) -> Path:
+        if name == "model.pth.tar-2":
+            file_limit(100_000)
+        return save(self, name, *more)
+
+    monkeypatch.setattr(engine_module._PluginTraining, "_save", save_to_a_full_disk)
+    with pytest.raises(
+        UserError, match=r"model\.pth\.tar-2' cannot be written \(File too large\): it needs \d+ MB"
+    ) as error:
+        train(small(tiny_data, tmp_path, "train.max_epoch", 2))
+    assert "\n" not in str(error.value)
+    path = last_checkpoint_in(error.value)
+    assert path.name == "model.pth.tar-1" and read_checkpoint(path)["epoch"] == 1
+    assert [file.name for file in (tmp_path / "model").iterdir()] == ["model.pth.tar-1"]
+
+
+def test_a_disk_without_space_for_a_checkpoint_is_refused_before_training(
+    tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(total=10**9, free=1000))
+    with pytest.raises(UserError, match=r"a checkpoint needs \d+ MB, and 0 MB are free"):
+        train(small(tiny_data, tmp_path))
+    assert not (tmp_path / "model").exists()
+
+
+def test_a_save_folder_that_is_removed_during_training_is_made_again(
+    tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save = engine_module._PluginTraining._save_rolling
+
+    def remove_the_folder(self: Any) -> None:
+        shutil.rmtree(tmp_path / "log")
+        save(self)
+
+    monkeypatch.setattr(engine_module._PluginTraining, "_save_rolling", remove_the_folder)
+    train(small(tiny_data, tmp_path / "log"))
+    assert read_checkpoint(tmp_path / "log" / "model" / "model.pth.tar-1")["epoch"] == 1
+
+
+def test_a_folder_that_cannot_be_written_during_training_is_one_line(
+    tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save = engine_module._PluginTraining._save_rolling
+
+    def spoil_the_folder(self: Any) -> None:
+        (tmp_path / "model").write_text("a file in its place")
+        save(self)
+
+    monkeypatch.setattr(engine_module._PluginTraining, "_save_rolling", spoil_the_folder)
+    with pytest.raises(UserError, match=r"model\.pth\.tar-1' cannot be written \((File exists|Not a directory)\)"):
+        train(small(tiny_data, tmp_path))
+
+
+def test_what_a_killed_run_left_unfinished_is_removed_by_the_next(tiny_data: Path, tmp_path: Path) -> None:
+    unfinished = tmp_path / "model" / ".model.pth.tar-1.unfinished"
+    unfinished.parent.mkdir()
+    unfinished.write_bytes(b"half of it")
+    train(small(tiny_data, tmp_path))
+    assert not unfinished.exists()
+
+
+class ClosedConsole(io.StringIO):
+    """A console that nobody reads any more after a certain text."""
+
+    def __init__(self, last: str) -> None:
+        super().__init__()
+        self.last = last
+
+    def write(self, text: str) -> int:
+        if self.last in self.getvalue():
+            raise BrokenPipeError
+        return super().write(text)
+
+
+def test_a_closed_console_ends_training_with_a_checkpoint_that_resumes_exactly(
+    tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    straight = train(small(tiny_data, tmp_path / "whole"))
+    with monkeypatch.context() as patch, pytest.raises(BrokenPipeError):
+        patch.setattr(sys, "stdout", ClosedConsole("[1/1][2/"))
+        train(small(tiny_data, tmp_path / "halves", "train.print_freq", 1))
+    (log,) = (tmp_path / "halves").glob("train.log*")
+    match = re.search(r"Go on with: model.resume (\S+)", log.read_text())
+    assert match
+    assert train(small(tiny_data, tmp_path / "halves", "model.resume", match[1])) == straight
+
+
+@pytest.mark.parametrize("failing", ["add_scalar", "metrics", "log", "maps"])
+def test_a_record_that_cannot_be_written_never_costs_a_checkpoint(
+    failing: str,
+    tiny_data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    config = small(tiny_data, tmp_path)
+    if failing == "add_scalar":
+        monkeypatch.setattr("torch.utils.tensorboard.writer.SummaryWriter.add_scalar", fail)
+    elif failing == "metrics":
+        (tmp_path / "metrics.jsonl").mkdir()
+    elif failing == "maps":
+        config = settings(tiny_data, tmp_path, "train.max_epoch", 1, "csalr.tensorboard.maps_every", 1)
+        monkeypatch.setattr("csalr_plugin.hosts.torchreid.monitor.maps_of", fail)
+    else:
+        whole = Path.open
+
+        def open_log(path: Path, *args: Any, **options: Any) -> Any:
+            file = whole(path, *args, **options)
+            if path.name.startswith("train.log"):
+                file.write = fail
+            return file
+
+        monkeypatch.setattr(Path, "open", open_log)
+    results = train(config)
+    assert results["market1501"]["mAP"] > 0
+    assert read_checkpoint(tmp_path / "model" / "model.pth.tar-1")["epoch"] == 1
+    warnings = [line for line in capsys.readouterr().err.splitlines() if line.startswith("Warning: ")]
+    assert len(warnings) == (2 if failing == "metrics" else 1), warnings
+
+
+def test_a_batch_size_above_the_number_of_images_is_refused_with_both_numbers(tiny_data: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"'train.batch_size' is 64, more than the 44 training images"):
+        train(small(tiny_data, tmp_path, "train.batch_size", 64))
+    assert not (tmp_path / "model").exists()
+    train(small(tiny_data, tmp_path, "train.batch_size", 64, "test.evaluate", True))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "complaint"),
+    [
+        (
+            ("train.staged_lr", True, "train.new_layers", "clasifier"),
+            r"'train\.new_layers' names 'clasifier'.*'classifier'",
+        ),
+        (("train.fixbase_epoch", 1, "train.open_layers", "fc,clasifier"), r"'train\.open_layers' names 'clasifier'"),
+    ],
+)
+def test_a_layer_that_the_model_does_not_have_is_refused_with_the_nearest(
+    overrides: tuple[Any, ...], complaint: str, tiny_data: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=complaint):
+        train(small(tiny_data, tmp_path, *overrides))
+
+
+def test_an_image_size_that_a_model_of_the_hosts_cannot_take_is_one_line(tiny_data: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"mudeep cannot take images of 64x32 \(.*data\.height and data\.width"):
+        train(small(tiny_data, tmp_path, "model.name", "mudeep"))
+
+
+def test_a_batch_of_one_image_on_a_map_of_one_position_is_one_line(tiny_data: Path, tmp_path: Path) -> None:
+    engine = make_engine(settings(tiny_data, tmp_path, "data.height", 16, "data.width", 16))
+    engine.model.train()
+    batch = {"img": torch.randn(1, 3, 16, 16), "pid": torch.tensor([0])}
+    with pytest.raises(UserError, match=r"'train\.batch_size' is too small: batch norm"):
+        engine.iteration(batch, 0)
+
+
+def test_evaluating_without_a_checkpoint_says_which_weights_are_evaluated(
+    tiny_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(small(tiny_data, tmp_path, "test.evaluate", True))
+    assert "the random weights of osnet_x0_25 are evaluated" in capsys.readouterr().out
+
+
+def test_results_are_printed_in_the_form_that_the_hosts_tools_read(
+    tiny_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = small(tiny_data, tmp_path, "test.evaluate", True)
+    results = train(config)["market1501"]
+    (log,) = tmp_path.glob("test.log*")  # the name that the host's tools/parse_test_res.py looks for
+    lines = log.read_text().splitlines()
+    for line in (
+        f"mAP: {results['mAP']:.1%}",
+        f"Rank-1  : {results['rank-1']:.1%}",
+        f"Rank-10 : {results['rank-10']:.1%}",
+    ):
+        assert line in lines
+    capsys.readouterr()
+    engine = make_engine(config)
+    host = torchreid.engine.ImageSoftmaxEngine(engine.datamanager, engine.model, engine.optimizer, use_gpu=False)
+    printed = []
+    for one in (host, engine):
+        one.test()
+        text = capsys.readouterr().out
+        printed.append(text[text.index("** Results **") :])
+    assert printed[0] == printed[1]
+
+
+class Tracklets(torchreid.data.VideoDataset):  # type: ignore[misc]  # torchreid carries no types
+    """The tiny data as tracklets of 2 and 3 images."""
+
+    def __init__(self, root: str = "", **options: Any) -> None:
+        subsets = []
+        for name in ("bounding_box_train", "query", "bounding_box_test"):
+            images: dict[tuple[int, int], list[str]] = {}
+            for file in sorted((Path(root) / "market1501" / "Market-1501-v15.09.15" / name).glob("0*.jpg")):
+                identity, camera = int(file.name[:4]), int(file.name[6])
+                if identity:
+                    images.setdefault((identity, camera), []).append(str(file))
+            subsets.append([(tuple(paths * 2)[: 2 + one % 2], one, camera) for (one, camera), paths in images.items()])
+        labels = {identity: label for label, identity in enumerate(sorted({item[1] for item in subsets[0]}))}
+        train = [(paths, labels[identity], camera) for paths, identity, camera in subsets[0]]
+        super().__init__(train, *subsets[1:], **options)
+
+
+@pytest.fixture
+def tracklets(monkeypatch: pytest.MonkeyPatch) -> tuple[Any, ...]:
+    """Settings of a video data set."""
+    monkeypatch.setitem(vars(torchreid.data.datasets)["__video_datasets"], "tracklets", Tracklets)
+    names = ("data.type", "video", "data.sources", "tracklets", "data.targets", "tracklets")
+    return (*names, "video.seq_len", 2, "train.batch_size", 2, "train.max_epoch", 1)
+
+
+def test_attention_maps_of_videos_are_drawn_from_their_first_frames(
+    tiny_data: Path, tmp_path: Path, tracklets: tuple[Any, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(settings(tiny_data, tmp_path, *tracklets, "csalr.tensorboard.maps_every", 1))
+    assert "Warning" not in capsys.readouterr().err
+    assert b"Maps/stage3" in next(tmp_path.glob("events*")).read_bytes()
+
+
+def test_tracklets_of_different_lengths_in_one_batch_are_refused(
+    tiny_data: Path, tmp_path: Path, tracklets: tuple[Any, ...]
+) -> None:
+    whole = (*SMALL, *tracklets, "video.sample_method", "all")
+    with pytest.raises(UserError, match=r"tracklets of 2 to 3 images do not form batches of 'train\.batch_size' 2"):
+        train(settings(tiny_data, tmp_path, *whole))
+    with pytest.raises(UserError, match=r"do not form batches of 'test\.batch_size' 100"):
+        train(settings(tiny_data, tmp_path, *whole, "train.batch_size", 1))
+    train(settings(tiny_data, tmp_path, *whole, "train.batch_size", 1, "test.batch_size", 1))
 
 
 def test_results_are_a_file_that_other_programs_read(tiny_data: Path, tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
 from types import FrameType
@@ -18,11 +18,10 @@ import torch
 import torchreid
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.tensorboard.writer import SummaryWriter
 from tqdm import tqdm
 
 from csalr_plugin.errors import SharedError, UserError, first_line
-from csalr_plugin.files import complete_file, write_json
+from csalr_plugin.files import check_space, complete_file, write_json
 from csalr_plugin.hosts import distributed
 from csalr_plugin.hosts.config import recordable
 from csalr_plugin.hosts.folder import file_stem
@@ -286,6 +285,8 @@ class _PluginTraining(_HostEngine):
         trains = not options.get("test_only", False)
         with distributed.together():
             if trains:
+                self.save_dir.mkdir(parents=True, exist_ok=True)
+                check_space(self.save_dir, _size_of(self.network.state_dict().values()), "a checkpoint")
                 check_batches(self.train_loader)
                 check_tracklets(self.train_loader, "train.batch_size")
             for loaders in self.test_loader.values():
@@ -296,7 +297,7 @@ class _PluginTraining(_HostEngine):
         if not distributed.is_main():
             self.writer = Writer(None)
         elif trains and self.writer is None:
-            self.writer = Writer(SummaryWriter(log_dir=save_dir))
+            self.writer = Writer(self.save_dir)
         if not self.use_gpu:
             keep_freed_memory()
         try:
@@ -463,8 +464,8 @@ class _PluginTraining(_HostEngine):
             state["rank1"] = rank1
         if self.scheduler is not None:
             state["scheduler"] = self.scheduler.state_dict()
-        tensors = [*state["state_dict"].values(), *_tensors_of(state["optimizer"]["state"])]
-        size = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        values = (value for one in state["optimizer"]["state"].values() for value in one.values())
+        size = _size_of([*state["state_dict"].values(), *values])
         advice = f"The last complete checkpoint is {self._last_checkpoint()}; go on from it with model.resume."
         with complete_file(path, size, advice) as unfinished, unfinished.open("wb") as file:
             torch.save(state, file)
@@ -578,9 +579,9 @@ def _as_list(outputs: Any) -> list[Tensor]:
     return [outputs] if isinstance(outputs, Tensor) else list(outputs)
 
 
-def _tensors_of(state: dict[Any, dict[str, Any]]) -> Iterator[Tensor]:
-    for values in state.values():
-        yield from (value for value in values.values() if isinstance(value, Tensor))
+def _size_of(values: Iterable[Any]) -> int:
+    """Return the bytes of all tensors among `values`."""
+    return sum(value.numel() * value.element_size() for value in values if isinstance(value, Tensor))
 
 
 def keep_autocast_in_threads(network: nn.Module, autocast: torch.autocast) -> None:

@@ -41,14 +41,17 @@ def never_fatal(record: str) -> Iterator[None]:
 
 
 class Writer:
-    """A TensorBoard writer without errors: the first one is one line, and nothing more is written.
+    """A TensorBoard writer that raises no errors: the first one is one line, and nothing more is written.
 
     Args:
-        writer: torch's writer, or None to write nothing.
+        folder: of the log; None writes nothing.
     """
 
-    def __init__(self, writer: SummaryWriter | None) -> None:
-        self._writer = writer
+    def __init__(self, folder: Path | None) -> None:
+        self._writer: SummaryWriter | None = None
+        if folder is not None:
+            with never_fatal("the TensorBoard log"):
+                self._writer = SummaryWriter(log_dir=str(folder))
 
     def __getattr__(self, name: str) -> Callable[..., None]:
         """Return a method of the writer."""
@@ -144,7 +147,7 @@ class Monitor:
     def _show_embeddings(self, dataset: str, shown: Tensor, identities: np.ndarray, cameras: np.ndarray) -> None:
         engine = self.engine
         if engine.writer is None:
-            engine.writer = Writer(SummaryWriter(log_dir=str(engine.save_dir)))
+            engine.writer = Writer(engine.save_dir)
         # 12288 numbers per query would make files of 100 MB and more; 64 principal directions keep the neighbours.
         left, size, _ = torch.pca_lowrank(shown, q=min(64, *shown.shape))
         labels = [list(map(str, pair)) for pair in zip(identities[: len(shown)], cameras[: len(shown)], strict=True)]
