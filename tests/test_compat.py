@@ -1,4 +1,4 @@
-"""What torchreid lacks on today's torch is mended, and only that."""
+"""Corrections of torchreid for today's torch and NumPy: they work, and change nothing else."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from PIL import Image
 
 from csalr_plugin.errors import UserError
 from csalr_plugin.hosts.torchreid import compat, register
+from csalr_plugin.models.cost import count_gmacs
 
 
 @pytest.fixture(autouse=True)
@@ -166,6 +167,16 @@ def test_the_hosts_logger_leaves_the_console_open(tmp_path: Path, monkeypatch: p
     del logger
     assert not console.closed
     assert (tmp_path / "train.log").read_text() == console.getvalue() == "a line"
+
+
+def test_the_host_counts_the_parameters_and_products_of_attention() -> None:
+    models = [torchreid.models.build_model(name, 4, pretrained=False) for name in ("pcb", "pcb_csalr", "osnet_x0_25")]
+    count = torchreid.utils.compute_model_complexity
+    (pcb_size, pcb_cost), (size, cost), small = (count(model, (1, 3, 64, 32)) for model in models)
+    assert size == sum(parameter.numel() for parameter in models[1].parameters()) > pcb_size
+    assert cost == round(count_gmacs(models[1], 64, 32) * 1e9) > 1.05 * pcb_cost
+    assert torchreid.utils.model_complexity.compute_model_complexity is count
+    assert small == (203_568, 5_208_800)  # the host's own count
 
 
 def literal_cmc(distances: Any, query: Any, gallery: Any) -> tuple[Any, float]:

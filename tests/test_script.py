@@ -1,4 +1,4 @@
-"""`csalr run`: a script of the host's, unmodified, with the plugin loaded."""
+"""`csalr run`: an unmodified script of the host with the plugin loaded."""
 
 from __future__ import annotations
 
@@ -165,7 +165,12 @@ def test_the_hosts_script_trains_resumes_and_evaluates_and_leaves_no_trace(
     checkpoint = tmp_path / "log" / "model" / "model.pth.tar-1"
     assert torch.load(checkpoint, weights_only=True)["epoch"] == 1
 
-    run_script(script, [*arguments, "model.resume", str(checkpoint), "train.max_epoch", "2"])
+    # The rate is given now, the groups are not: they go on from the checkpoint.
+    resume = ["model.resume", str(checkpoint), "train.max_epoch", "2", "train.lr", "0.02"]
+    run_script(script, [*arguments, *resume])
+    out = capsys.readouterr().out
+    assert "train.lr 0.02: given now; 0.01 in the checkpoint" in out
+    assert "csalr.groups 4: from the checkpoint" in out and "groups 4" in out
     assert (tmp_path / "log" / "model" / "model.pth.tar-2").is_file()
     run_script(script, [*arguments, "model.load_weights", str(checkpoint), "test.evaluate", "True"])
     assert "mAP" in capsys.readouterr().out
@@ -192,6 +197,32 @@ def test_a_model_of_the_plugin_trains_through_the_hosts_script(
     assert main(["run", str(script), *arguments, *more]) == 0
     state = torch.load(tmp_path / "log" / "model" / "model.pth.tar-1", weights_only=True)["state_dict"]
     assert len([name for name in state if name.endswith("alpha")]) == 1
+
+
+@pytest.mark.parametrize("command", ["train", "run"])
+def test_a_model_of_the_host_with_two_outputs_trains_through_both_commands(
+    command: str, script: Path, arguments: list[str], tmp_path: Path
+) -> None:
+    more = ["model.name", "hacnn", "data.height", "160", "data.width", "64", "use_gpu", "False"]
+    if command == "train":
+        more += ["loss.name", "triplet", "sampler.num_instances", "2", "loss.triplet.weight_x", "1"]
+    words = [str(script)] if command == "run" else []
+    assert main([command, *words, *arguments, *more]) == 0
+    assert (tmp_path / "log" / "model" / "model.pth.tar-1").is_file()
+
+
+def test_the_log_of_the_hosts_script_can_fail_without_ending_the_run(
+    script: Path,
+    arguments: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "log" / "script.log").mkdir(parents=True)
+    assert main(["run", str(script), *arguments]) == 0
+    captured = capsys.readouterr()
+    assert "Warning: the log file" in captured.err and "** Results **" in captured.out
+    assert (tmp_path / "log" / "model" / "model.pth.tar-1").is_file()
 
 
 @pytest.mark.parametrize(

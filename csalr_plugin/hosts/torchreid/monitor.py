@@ -10,7 +10,7 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,55 @@ def never_fatal(record: str) -> Iterator[None]:
         yield
     except Exception as error:  # whatever it is, the training must go on
         print(f"Warning: {record} cannot be written ({first_line(error)}); the run goes on without.", file=sys.stderr)
+
+
+class Logger:
+    """A console that also writes to a log file, in place of the host's `Logger`.
+
+    A log file that cannot be written is one warning; a console that is closed, as in ``csalr train | head``, raises
+    BrokenPipeError once.
+
+    Args:
+        fpath: the log file; None writes to the console alone.
+    """
+
+    def __init__(self, fpath: str | Path | None = None) -> None:
+        self.console: Any = sys.stdout
+        self.file: Any = None
+        if fpath is not None:
+            with self._warning(str(fpath)):
+                Path(fpath).parent.mkdir(parents=True, exist_ok=True)
+                self.file = Path(fpath).open("w", encoding="utf-8", buffering=1)  # noqa: SIM115
+
+    def write(self, text: str) -> int:
+        """Write `text` to both."""
+        self._call("write", text)
+        return len(text)
+
+    def flush(self) -> None:
+        """Flush both."""
+        self._call("flush")
+
+    def close(self) -> None:
+        """Close the file, and leave the console open."""
+        file, self.file = self.file, None
+        if file is not None:
+            with self._warning(file.name):
+                file.close()
+
+    def _call(self, method: str, *args: str) -> None:
+        file, self.file = self.file, None
+        if file is not None:
+            with self._warning(file.name):
+                getattr(file, method)(*args)
+                self.file = file
+        console, self.console = self.console, None
+        if console is not None:
+            getattr(console, method)(*args)
+            self.console = console
+
+    def _warning(self, name: str) -> AbstractContextManager[None]:
+        return never_fatal(f"the log file {name!r}")
 
 
 class Writer:

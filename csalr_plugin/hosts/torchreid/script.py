@@ -61,7 +61,7 @@ def run_script(path: str | Path, argv: Sequence[str]) -> None:
 @contextmanager
 def _plugin_in_place(argv: Sequence[str]) -> Iterator[list[str]]:
     """Replace functions of the host by the plugin's; yield the script's arguments."""
-    from csalr_plugin.hosts.torchreid import datasets, engine, optimizer, train
+    from csalr_plugin.hosts.torchreid import datasets, engine, monitor, optimizer, train
 
     torchreid = host()
     settings = importlib.import_module("default_config")
@@ -112,6 +112,7 @@ def _plugin_in_place(argv: Sequence[str]) -> Iterator[list[str]]:
         (
             torchreid.utils,
             {
+                "Logger": monitor.Logger,
                 "set_random_seed": set_random_seed,
                 "check_isfile": train.check_isfile,
                 "compute_model_complexity": train.compute_model_complexity,

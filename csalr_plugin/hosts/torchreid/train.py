@@ -5,11 +5,10 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import gdown
 import torch
@@ -36,7 +35,7 @@ from csalr_plugin.hosts.torchreid.config import (
 )
 from csalr_plugin.hosts.torchreid.datasets import build_datamanager
 from csalr_plugin.hosts.torchreid.engine import PROGRESS, plugin_engine
-from csalr_plugin.hosts.torchreid.monitor import never_fatal
+from csalr_plugin.hosts.torchreid.monitor import Logger
 from csalr_plugin.hosts.torchreid.optimizer import build_optimizer, check_layers
 from csalr_plugin.hosts.training import unwrapped
 from csalr_plugin.models import PCB, RefinedPCB
@@ -419,54 +418,12 @@ def _alone(config: Config, folder: Path) -> Iterator[None]:
         lock.release()
 
 
-class _Tee:
-    """A console that also writes to a log file. A log that cannot be written is one warning; a closed console raises.
-
-    Args:
-        console: where the text goes first.
-        log: the file.
-    """
-
-    def __init__(self, console: TextIO, log: TextIO) -> None:
-        self.console: TextIO | None = console
-        self.log: TextIO | None = log
-
-    def write(self, text: str) -> int:
-        """Write `text` to both."""
-        self._to_log(lambda log: log.write(text))
-        self._to_console(lambda console: console.write(text))
-        return len(text)
-
-    def flush(self) -> None:
-        """Flush both."""
-        self._to_log(lambda log: log.flush())
-        self._to_console(lambda console: console.flush())
-
-    def _to_log(self, action: Callable[[TextIO], Any]) -> None:
-        if self.log is not None:
-            log, self.log = self.log, None
-            with never_fatal(f"the log file {log.name!r}"):
-                action(log)
-                self.log = log
-
-    def _to_console(self, action: Callable[[TextIO], Any]) -> None:
-        if self.console is not None:
-            console, self.console = self.console, None
-            action(console)  # raises BrokenPipeError once, where nobody reads any more
-            self.console = console
-
-
 @contextlib.contextmanager
 def _logged(folder: Path, name: str) -> Iterator[None]:
     """Write everything that is printed to a log file in `folder` too, as the host's train script does."""
     if not distributed.is_main():
         yield
         return
-    path = folder / f"{name}.log-{time.strftime('%Y-%m-%d-%H-%M-%S')}"
-    log = path.open("w", encoding="utf-8", buffering=1)
-    try:
-        with contextlib.redirect_stdout(_Tee(sys.stdout, log)):  # type: ignore[type-var]
-            yield
-    finally:
-        with contextlib.suppress(OSError):  # the disk is full, which was told
-            log.close()
+    logger = Logger(folder / f"{name}.log-{time.strftime('%Y-%m-%d-%H-%M-%S')}")
+    with contextlib.closing(logger), contextlib.redirect_stdout(logger):  # type: ignore[type-var]
+        yield
