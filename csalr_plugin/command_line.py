@@ -10,9 +10,9 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO
 
 from csalr_plugin.errors import SharedError, UserError, one_line, shown
 from csalr_plugin.hosts.keys import Check, integer
@@ -42,12 +42,12 @@ def argument(check: Check) -> Callable[[str], Any]:
 
 
 positive = argument(integer(1, 1_000_000))
-image_side = argument(integer(16, 4096))
-batch_size = argument(integer(1, 65_536))
-seed = argument(integer(0, 2**32 - 1))
+side_argument = argument(integer(16, 4096))
+batch_argument = argument(integer(1, 65_536))
+seed_argument = argument(integer(0, 2**32 - 1))
 
 
-def path(text: str) -> Path:
+def path_argument(text: str) -> Path:
     """Return a path for `add_argument`, with ``~`` and ``~user`` expanded; the path need not exist."""
     found = os.path.expanduser(text)
     try:
@@ -89,12 +89,14 @@ def exit_code(prog: str, command: Callable[[], object]) -> int:
         command: what to run.
 
     Returns:
-        0; 2 for a user's mistake; 130 for Ctrl-C; 141 when nothing reads the standard output any more.
+        0; 2 for a user's mistake; 130 for Ctrl-C; 141 when the reader of the output has ended, as in ``| head``.
     """
     rank = os.environ.get("RANK", "0")
     try:
-        command()
-        sys.stdout.flush()
+        try:
+            command()
+        finally:
+            sys.stdout.flush()  # here, where an error of it is handled, and not when Python exits
         return 0
     except UserError as error:
         if rank == "0":
@@ -111,23 +113,27 @@ def exit_code(prog: str, command: Callable[[], object]) -> int:
     except BrokenPipeError:
         if not _output_is_closed():
             raise
-        _report(f"{prog}: stopped: nothing reads its output any more")
+        _report(f"{prog}: stopped, because the reader of its output has ended")
         return BROKEN_PIPE
 
 
 def _report(line: str) -> None:
-    with suppress(BrokenPipeError):
+    try:
         print(line, file=sys.stderr, flush=True)
+    except BrokenPipeError:
+        _discard(sys.stderr)
 
 
 def _output_is_closed() -> bool:
-    """Return whether nothing reads the standard output or error any more; if so, discard what they still hold."""
-    closed = False
+    """Return whether the reader of the standard output or error has ended; if so, discard all further output."""
     for stream in (sys.stdout, sys.stderr):
         try:
-            stream.flush()
+            print(file=stream, flush=True)
         except BrokenPipeError:
-            closed = True
-            # Python flushes both streams once more when it exits.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-    return closed
+            _discard(stream)
+            return True
+    return False
+
+
+def _discard(stream: TextIO) -> None:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())  # Python flushes the stream once more when it exits

@@ -13,9 +13,9 @@ from csalr_plugin.command_line import (
     argument,
     ctrl_c_ends_at_once,
     exit_code,
-    image_side,
-    path,
-    seed,
+    path_argument,
+    seed_argument,
+    side_argument,
 )
 from csalr_plugin.errors import SharedError, UserError, shown, suggest
 from csalr_plugin.extras import needs
@@ -122,8 +122,8 @@ def _models(argv: Sequence[str]) -> None:
     )
     identities = argument(integer(1, 10_000_000))
     for name, kind, default, meaning in (
-        ("height", image_side, 384, "image height"),
-        ("width", image_side, 128, "image width"),
+        ("height", side_argument, 384, "image height"),
+        ("width", side_argument, 128, "image width"),
         ("num-classes", identities, 751, "training identities"),
     ):
         parser.add_argument(f"--{name}", type=kind, default=default, metavar="N", help=f"{meaning} ({default})")
@@ -174,8 +174,8 @@ def _demo(argv: Sequence[str]) -> None:
         epilog="example:\n  csalr demo --out demo --host fastreid",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--out", type=path, required=True, metavar="DIR", help="folder of the data and the runs")
-    parser.add_argument("--seed", type=seed, default=0, metavar="N", help="seed of data and training (0)")
+    parser.add_argument("--out", type=path_argument, required=True, metavar="DIR", help="folder of data and runs")
+    parser.add_argument("--seed", type=seed_argument, default=0, metavar="N", help="seed of data and training (0)")
     hosts = ("torchreid", "fastreid")
     parser.add_argument("--host", choices=hosts, default="torchreid", help="the host that trains (torchreid)")
     given = parser.parse_args(argv)
@@ -214,6 +214,7 @@ def _bench(argv: Sequence[str]) -> None:
     with needs("bench", f"csalr bench {study}"):
         with ctrl_c_ends_at_once():
             module = importlib.import_module(f"csalr_plugin.projects.benchmark.{study}")
+            from csalr_plugin.projects.benchmark.harness import memory_errors_in_one_line
         parser = Parser(
             prog=f"csalr bench {study}",
             description=module.__doc__,
@@ -221,7 +222,9 @@ def _bench(argv: Sequence[str]) -> None:
             allow_abbrev=False,
         )
         module.add_arguments(parser)
-        module.run(parser.parse_args(words))
+        options = parser.parse_args(words)
+        with memory_errors_in_one_line():
+            module.run(options)
 
 
 def _paper(module: str, command: str, argv: Sequence[str]) -> None:

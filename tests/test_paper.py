@@ -284,7 +284,7 @@ def test_a_folder_of_another_version_is_left_alone(
         (("csalr.warmups", "4"), ("csalr.warmups", "'csalr.warmup'")),
         (("--dataset", "dukemtmcreid"), ("dukemtmcreid", "is missing")),
         (("--dataset", "duke"), ("'duke'", "dukemtmcreid")),
-        (("--seeds", "0"), ("--seeds is 0",)),
+        (("--seeds", "0"), ("--seeds: '0' must be",)),
         (("--weights", "none.pth"), ("none.pth",)),
     ],
 )

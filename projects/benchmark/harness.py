@@ -9,7 +9,8 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,9 +21,10 @@ from tabulate import tabulate
 from tqdm import tqdm
 
 import csalr_plugin
-from csalr_plugin.command_line import positive
-from csalr_plugin.errors import UserError
+from csalr_plugin.command_line import argument, path_argument, positive
+from csalr_plugin.errors import UserError, first_line, shown
 from csalr_plugin.files import make_writable_folder, write_json
+from csalr_plugin.hosts.keys import integer
 from csalr_plugin.hosts.training import keep_freed_memory
 
 from ..environment import machine, versions
@@ -36,10 +38,12 @@ Sample = dict[str, float]
 
 def add_common_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags that every study has."""
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the results; a rerun goes on")
+    parser.add_argument("--out", type=path_argument, required=True, metavar="DIR", help="folder of the results")
     parser.add_argument("--quick", action="store_true", help="a smaller study of about two minutes")
     parser.add_argument("--repeats", type=positive, metavar="N", help="rounds, at least 5 (7; quick 5)")
-    parser.add_argument("--threads", type=positive, metavar="N", help="CPU threads (as many as cores)")
+    parser.add_argument(
+        "--threads", type=argument(integer(1, 1024)), metavar="N", help="CPU threads (as many as cores)"
+    )
     parser.add_argument("--device", default="cpu", metavar="NAME", help="cpu or cuda (cpu)")
 
 
@@ -55,15 +59,26 @@ def prepare(options: argparse.Namespace) -> torch.device:
             f"--repeats {options.repeats} is too few for a median: give {FEWEST_REPEATS} or more, or add --quick."
         )
     if options.device not in ("cpu", "cuda"):
-        raise UserError(f"--device {options.device!r} is not known: allowed is cpu or cuda.")
+        raise UserError(f"--device {shown(options.device)} is not known: allowed is cpu or cuda.")
     if options.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: torch sees no CUDA device here; take --device cpu.")
     keep_freed_memory()
-    make_writable_folder(options.out, f"--out {str(options.out)!r}")
+    make_writable_folder(options.out, f"--out {shown(str(options.out))}")
     options.threads = options.threads or os.cpu_count() or 1
     torch.set_num_threads(options.threads)
     torch.backends.cudnn.benchmark = options.device == "cuda"  # as in training
     return torch.device(options.device)
+
+
+@contextmanager
+def memory_errors_in_one_line() -> Iterator[None]:
+    """Report a lack of memory inside a with statement as a `UserError`."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:  # torch raises a plain RuntimeError on a CPU
+        if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "can't allocate memory" not in str(error):
+            raise
+        raise UserError(f"there is not enough memory ({first_line(error)}): give smaller images or batches.") from None
 
 
 def code_digest() -> str:

@@ -20,8 +20,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from csalr_plugin.attention import AttentionBlock, build_attention
-from csalr_plugin.command_line import positive
+from csalr_plugin.command_line import argument, batch_argument, positive
 from csalr_plugin.errors import UserError
+from csalr_plugin.hosts.keys import integer
 from csalr_plugin.models.cost import kept_bytes
 
 from ..environment import total_memory
@@ -76,8 +77,9 @@ CURVES: Mapping[str, Curve] = {
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The study's flags."""
     add_common_arguments(parser)
-    parser.add_argument("--channels", type=positive, default=256, metavar="N", help="C of the block, by 32 (256)")
-    parser.add_argument("--batch-size", type=positive, default=1, metavar="N", help="maps a batch (1)")
+    channels = argument(integer(32, 8192))
+    parser.add_argument("--channels", type=channels, default=256, metavar="N", help="C of the block, by 32 (256)")
+    parser.add_argument("--batch-size", type=batch_argument, default=1, metavar="N", help="maps a batch (1)")
     parser.add_argument(
         "--positions",
         type=positive,

@@ -21,8 +21,8 @@ from tabulate import tabulate
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from csalr_plugin.command_line import positive
-from csalr_plugin.errors import UserError, suggest
+from csalr_plugin.command_line import batch_argument, path_argument, side_argument
+from csalr_plugin.errors import UserError, shown, suggest
 from csalr_plugin.hosts.folder import is_folder_name
 from csalr_plugin.models import MODEL_NAMES
 from csalr_plugin.models.cost import count_gmacs, count_parameters
@@ -58,11 +58,11 @@ NUM_CLASSES = 751  # as Market-1501 has
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The study's flags."""
     add_common_arguments(parser)
-    parser.add_argument("--height", type=positive, default=256, metavar="N", help="image height (256; hacnn: 160)")
-    parser.add_argument("--width", type=positive, default=128, metavar="N", help="image width (128; hacnn: 64)")
-    parser.add_argument("--batch-size", type=positive, metavar="N", help="images a batch (16; quick 4)")
+    parser.add_argument("--height", type=side_argument, default=256, metavar="N", help="image height (256; hacnn: 160)")
+    parser.add_argument("--width", type=side_argument, default=128, metavar="N", help="image width (128; hacnn: 64)")
+    parser.add_argument("--batch-size", type=batch_argument, metavar="N", help="images a batch (16; quick 4)")
     parser.add_argument("--only", nargs="+", metavar="MODEL", help=f"these models, of {', '.join(MODELS)}")
-    parser.add_argument("--root", type=Path, metavar="DIR", help="folder of the datasets, for mAP and rank-1")
+    parser.add_argument("--root", type=path_argument, metavar="DIR", help="folder of the datasets, for mAP and rank-1")
     parser.add_argument("-s", "--sources", nargs="+", metavar="NAME", help="datasets that --weights were trained on")
     parser.add_argument("-t", "--targets", nargs="+", metavar="NAME", help="datasets to evaluate on (the sources)")
     parser.add_argument("--weights", nargs="+", default=[], metavar="MODEL=PATH", help="checkpoints to evaluate")
@@ -81,7 +81,9 @@ def run(options: argparse.Namespace) -> None:
     names = [name for name in MODELS if not options.only or name in options.only]
     for name in options.only or ():
         if name not in MODELS:
-            raise UserError(f"--only: unknown model {name!r}; allowed is {', '.join(MODELS)}.{suggest(name, MODELS)}")
+            raise UserError(
+                f"--only: unknown model {shown(name)}; allowed is {', '.join(MODELS)}.{suggest(name, MODELS)}"
+            )
     if options.height < 64 or options.width < 32:
         raise UserError(f"--height {options.height} --width {options.width} is too small: 64 and 32 at least.")
     weights = checkpoints(options, names)
@@ -120,15 +122,18 @@ def checkpoints(options: argparse.Namespace, names: Sequence[str]) -> dict[str, 
     """
     found: dict[str, Path] = {}
     for word in options.weights:
-        name, equals, path = word.partition("=")
-        if not equals or not path:
-            raise UserError(f"--weights {word!r} is not MODEL=PATH; for example pcb_csalr=model.pth.tar-100.")
+        name, equals, text = word.partition("=")
+        if not equals or not text:
+            raise UserError(f"--weights {shown(word)} is not MODEL=PATH; for example pcb_csalr=model.pth.tar-100.")
         if name not in names:
             allowed = f"it must be one of {', '.join(names)}.{suggest(name, names)}"
-            raise UserError(f"--weights: model {name!r} is not measured; {allowed}")
-        if not Path(path).expanduser().is_file():
-            raise UserError(f"--weights {word!r}: {path!r} is not a file; give the path of a checkpoint.")
-        found[name] = Path(path).expanduser()
+            raise UserError(f"--weights: model {shown(name)} is not measured; {allowed}")
+        try:
+            found[name] = path_argument(text)
+        except argparse.ArgumentTypeError as error:
+            raise UserError(f"--weights {shown(word)}: {error}; give the path of a checkpoint.") from None
+        if not found[name].is_file():
+            raise UserError(f"--weights {shown(word)}: {shown(text)} is not a file; give the path of a checkpoint.")
     datasets = [*(options.sources or ()), *(options.targets or ())]
     if found and not (options.sources and (options.root or all(map(is_folder_name, datasets)))):
         raise UserError("--weights needs the data to evaluate on: add --root DIR and -s NAME, or -s folder:PATH.")

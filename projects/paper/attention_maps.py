@@ -1,4 +1,4 @@
-"""Figure 4: the full attention map of a position beside the map that the factors give, and how far apart they are."""
+"""The command `csalr attention-maps`: full attention maps beside those of the factors (Figure 4), and their error."""
 
 from __future__ import annotations
 
@@ -30,9 +30,10 @@ from csalr_plugin.attention.maps import (
     pooled_key_map,
     queries_and_keys,
 )
-from csalr_plugin.command_line import Parser
-from csalr_plugin.errors import UserError
-from csalr_plugin.files import write_json
+from csalr_plugin.command_line import Parser, path_argument, positive
+from csalr_plugin.errors import UserError, shown
+from csalr_plugin.files import make_writable_folder, write_json
+from csalr_plugin.hosts import keys
 from csalr_plugin.hosts.images import read_image
 from csalr_plugin.hosts.torchreid.arguments import config_from_arguments, parse_arguments
 from csalr_plugin.hosts.torchreid.config import Config
@@ -46,21 +47,23 @@ from .plan import HERE, read_dataset, split_overrides
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
-# Across and down, as shares of the image: about where a head, a chest and a knee are.
+# Points (across, down) as fractions of the image: roughly the head, the chest and a knee.
 POINTS = ((0.5, 0.12), (0.5, 0.38), (0.42, 0.75))
 GRIDS = ((6, 4), (12, 4), (12, 8), (24, 8))  # 24 to 192 points, as in Table 2
 GROUPS = (1, 2, 4, 8)  # as in Table 3
-PATCHES = (12, 8)  # of "the most attended patch", the same for every setting
+PATCHES = (12, 8)  # grid of patches for "agreement", the same for every setting
 _COLOURS = ("tab:red", "tab:cyan", "tab:green", "tab:orange", "tab:purple", "tab:olive")
 
 
 @dataclass(frozen=True)
 class Network:
-    """A network in eval mode, and how images come to it.
+    """A network in eval mode and its image preprocessing.
 
     Attributes:
-        blocks: its attention blocks by stage, "stage1", ...
-        name: of the model, such as "pcb_csalr".
+        model: the network.
+        blocks: its attention blocks by stage: "stage1", ...
+        name: the name of the model, such as "pcb_csalr".
+        config: the settings of the image size and the normalisation.
     """
 
     model: nn.Module
@@ -69,7 +72,7 @@ class Network:
     config: Config
 
     def images(self, paths: Sequence[Path | str]) -> Tensor:
-        """Read and normalise images, as the host does for testing: (B, 3, H, W)."""
+        """Read and normalise images like the host at test time: (B, 3, H, W)."""
         data = self.config.data
         size = (data.height, data.width)
         images = [TF.to_tensor(read_image(str(path)).resize(size[::-1], Image.Resampling.BILINEAR)) for path in paths]
@@ -81,16 +84,14 @@ def main(argv: Sequence[str]) -> None:
     """``csalr attention-maps``.
 
     Raises:
-        UserError: for a checkpoint of another architecture, an image that is none, points outside the image, ...
+        UserError: an argument cannot be used, an image cannot be read, or the checkpoint does not fit the model.
     """
     given, config = _parse(argv)
+    make_writable_folder(given.out, f"--out {shown(str(given.out))}")
+    paths = given.image or _some_queries(given.dataset, given.root, given.queries)
+    for path in given.image or ():
+        read_image(path)  # before the network is built
     network = load_network(config, given.checkpoint)
-    if given.image:
-        paths = given.image
-    else:
-        queries = read_dataset(given.dataset, given.root.expanduser()).query
-        step = max(1, len(queries) // given.queries)
-        paths = [Path(item[0]) for item in queries[::step][: given.queries]]
     if given.report:
         rows = reconstruction(network, paths)
         print(write_reconstruction(given.out, network, given.checkpoint, len(paths), rows))
@@ -104,35 +105,31 @@ def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, Config]:
         prog="csalr attention-maps",
         usage="csalr attention-maps --out DIR (--image FILE ... | --root DATA [--dataset NAME] [--queries N])\n"
         "       [--checkpoint FILE] [--points X,Y ...] [--grid] [--report] [KEY VALUE ...]",
-        description="For points of an image: the full attention map of SA's formula for each block's own queries and "
-        "keys, beside\nthe map that the block's factors give, with the relative error; a PNG an image.",
-        epilog="KEY VALUE: config keys as of 'csalr train', over the full preset: model.name, data.height, ...;\n"
-        "without a checkpoint the network starts as a training does: model.pretrained, csalr.pretrained_weights.\n\n"
+        description="Draw, for points of each image, the full attention map of each block's own queries and keys "
+        "(SA's formula)\nbeside the map of the block's factors, with the relative error. Each image gives one PNG.",
+        epilog="KEY VALUE: config keys as in 'csalr train', over the full preset: model.name, data.height, ...\n"
+        "Without a checkpoint, model.pretrained and csalr.pretrained_weights set the initial weights.\n\n"
         "example:\n  csalr attention-maps --checkpoint log/model/model.pth.tar-100 --image person.jpg \\\n"
         "    --points 0.5,0.1 0.4,0.6 --grid --out maps MODEL.NAME pcb_csalr",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of what is drawn")
-    parser.add_argument("--image", type=Path, nargs="+", metavar="FILE", help="images")
-    parser.add_argument("--root", type=Path, metavar="DATA", help="folder of the datasets, to take queries from")
-    parser.add_argument("--dataset", default="market1501", metavar="NAME", help="market1501 by default")
-    parser.add_argument("--queries", type=int, default=3, metavar="N", help="how many queries (3)")
-    parser.add_argument("--checkpoint", type=Path, metavar="FILE", help="of the model that MODEL.NAME names")
-    parser.add_argument("--points", nargs="+", metavar="X,Y", help="across and down, from 0 to 1; head, chest and knee")
-    parser.add_argument("--grid", action="store_true", help="draw the landmarks' grid over the maps")
-    parser.add_argument(
-        "--report", action="store_true", help="draw nothing: measure the errors by landmarks and groups"
-    )
+    parser.add_argument("--out", type=path_argument, required=True, metavar="DIR", help="folder of the pictures")
+    parser.add_argument("--image", type=path_argument, nargs="+", metavar="FILE", help="images to draw")
+    parser.add_argument("--root", type=path_argument, metavar="DATA", help="folder of the datasets")
+    parser.add_argument("--dataset", default="market1501", metavar="NAME", help="dataset of the queries (market1501)")
+    parser.add_argument("--queries", type=positive, default=3, metavar="N", help="number of queries (3)")
+    parser.add_argument("--checkpoint", type=path_argument, metavar="FILE", help="checkpoint of the model MODEL.NAME")
+    parser.add_argument("--points", nargs="+", metavar="X,Y", help="across and down, from 0 to 1 (head, chest, knee)")
+    parser.add_argument("--grid", action="store_true", help="draw the grid of landmarks over the maps")
+    parser.add_argument("--report", action="store_true", help="draw nothing: measure the error by landmarks and groups")
     words, overrides = split_overrides(argv)
     given, rest = parser.parse_known_args(words)
     if bool(given.image) == bool(given.root):
         raise UserError("give either images with --image, or a dataset's folder with --root.")
     names = [path.stem for path in given.image or ()]
     if twice := next((name for name in names if names.count(name) > 1), ""):
-        raise UserError(f"--image: two are called '{twice}' and would be one PNG: draw them apart, by --out.")
-    if given.queries < 1:
-        raise UserError(f"--queries is {given.queries}; it must be at least 1.")
+        raise UserError(f"--image: two images are called {shown(twice)} and would overwrite one PNG; use two --out.")
     given.points = [_point(text) for text in given.points or ()]
     preset = ["--config-file", str(HERE / "presets" / "full.yaml"), "model.name", "pcb_csalr"]
     return given, config_from_arguments(parse_arguments([*preset, *rest, *overrides], "csalr attention-maps"))
@@ -140,19 +137,24 @@ def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, Config]:
 
 def _point(text: str) -> tuple[float, float]:
     try:
-        across, down = (float(part) for part in text.split(","))
-        if not (0 <= across < 1 and 0 <= down < 1):
-            raise ValueError
-    except ValueError:
-        raise UserError(f"--points '{text}' must be X,Y with both from 0 to below 1, such as 0.5,0.3.") from None
+        across, down = (keys.number(0, below=1).parse(part) for part in text.split(","))
+    except (ValueError, OverflowError):
+        raise UserError(f"--points {shown(text)} must be X,Y with both from 0 to below 1, such as 0.5,0.3.") from None
     return across, down
 
 
+def _some_queries(dataset: str, root: Path, count: int) -> list[Path]:
+    """Return the paths of `count` queries of a dataset, evenly spaced."""
+    queries = read_dataset(dataset, root).query
+    step = max(1, len(queries) // count)
+    return [Path(item[0]) for item in queries[::step][:count]]
+
+
 def load_network(config: Config, checkpoint: Path | None) -> Network:
-    """Build the model that `config` names, with the checkpoint's weights.
+    """Build the model of `config` with the weights of a checkpoint.
 
     Raises:
-        UserError: the model has no attention, or the checkpoint is of another architecture or lacks the blocks.
+        UserError: the model has no attention, or the checkpoint does not fit it or has no attention blocks.
     """
     name, settings = config.model.name, config.csalr
     model = build_model(
@@ -166,13 +168,13 @@ def load_network(config: Config, checkpoint: Path | None) -> Network:
         key_ratio=settings.key_ratio,
     ).eval()
     if not model.attention:
-        raise UserError(f"model.name '{name}' has no attention; name one that has, such as pcb_csalr.")
+        raise UserError(f"model.name '{name}' has no attention; give a model with attention, such as pcb_csalr.")
     if checkpoint is not None:
         left = load_weights(model, checkpoint).left
         if any(one.startswith("attention.") for one in left):
             raise UserError(
-                f"Checkpoint '{checkpoint}' has no attention blocks, which '{name}' needs; give one of a training with "
-                "attention, and its model.name and csalr keys."
+                f"Checkpoint '{checkpoint}' has no attention blocks, which '{name}' needs; give the checkpoint of a "
+                "training with attention, and its model.name and csalr keys."
             )
     if torch.cuda.is_available() and config.use_gpu:
         model = model.cuda()
@@ -188,20 +190,20 @@ def draw(
     points: Sequence[tuple[float, float]] = POINTS,
     grid: bool = False,
 ) -> Path:
-    """Draw Figure 4 for an image: a row a stage; the image, then for each point the full and the compressed map.
+    """Draw Figure 4 for an image: one row per stage with the image and, for each point, the full and compressed map.
 
-    Maps are means over the groups; the error under a map is that of its rows of all groups. Both maps of a point share
-    one scale, from 0 to the full map's largest value.
+    The maps are means over the groups. The error below a map is that of the point's row in all groups. Both maps of a
+    point share one colour scale, from 0 to the largest value of the full map.
 
     Args:
-        network: what attends.
-        path: of the image.
-        out: folder of ``NAME.png``.
-        points: across and down, as shares of the image.
-        grid: whether to draw the borders of the landmarks' patches.
+        network: the network with attention.
+        path: the image.
+        out: the folder of the picture ``NAME.png``.
+        points: (across, down) as fractions of the image.
+        grid: draw the borders of the landmarks' patches.
 
     Returns:
-        The picture's path.
+        The path of the picture.
     """
     images = network.images([path])
     inputs = block_inputs(network.model, images)
@@ -256,7 +258,7 @@ def _show(
 
 
 def landmark_grid(block: AttentionBlock, x: Tensor) -> LandmarkGrid:
-    """The grid whose factors are drawn: the block's own, (12, 8) for SA."""
+    """Return the grid of the drawn factors: the block's own, or (12, 8) for SA."""
     wanted = block.landmarks if isinstance(block, CSALR) else PATCHES
     return LandmarkGrid(x.shape[-2], x.shape[-1], wanted, x.device)
 
@@ -272,15 +274,17 @@ def _draw_grid(axis: Axes, grid: LandmarkGrid, width: int, height: int) -> None:
 
 
 def reconstruction(network: Network, paths: Sequence[Path]) -> list[dict[str, Any]]:
-    """The error of the compressed maps over images, by stage, landmarks and groups.
+    """Measure the error of the compressed maps over images, by stage, landmarks and groups.
 
-    For CSALR and SA blocks: the map of CSALR's factors, and as a control that of pooled keys alone, with the
-    points of Table 2 at the block's own groups, and the groups of Table 3 at its own landmarks. Each is held against
-    the full map of the same groups. For CSA its own factors alone, as its bases were learned for them.
+    For CSALR and SA blocks, measure the map of CSALR's factors and, as a control, the map of pooled keys: with the
+    landmarks of Table 2 at the block's own groups, and with the groups of Table 3 at its own landmarks. Each is
+    compared with the full map of the same groups. For CSA, measure only its own factors, which its bases were
+    learned for.
 
     Returns:
-        A row for each: "map", "stage", "points" (asked for), "groups", "error" (relative Frobenius error over all
-        positions of all images) and "agreement" (share of positions whose most attended patch is the full map's).
+        One row per case: "map", "stage", "points" (landmarks), "groups", "error" (relative Frobenius error over all
+        positions of all images) and "agreement" (fraction of positions with the same most attended patch as in the
+        full map).
     """
     sums: dict[tuple[str, str, int, int], list[float]] = {}
     for path in tqdm(paths, desc="Attention maps", unit="image", mininterval=2.0):
@@ -291,7 +295,7 @@ def reconstruction(network: Network, paths: Sequence[Path]) -> list[dict[str, An
                 difference = torch.linalg.vector_norm(maps.compressed - maps.full) ** 2
                 shares = [one @ patches for one in (maps.full, maps.compressed)]  # 1, groups, n, patches
                 there = shares[0].gather(-1, shares[1].argmax(dim=-1, keepdim=True))
-                agrees = there >= shares[0].amax(dim=-1, keepdim=True) * (1 - 1e-9)  # patches of equal shares agree
+                agrees = there >= shares[0].amax(dim=-1, keepdim=True) * (1 - 1e-9)  # equal patches agree
                 values = (
                     difference,
                     torch.linalg.vector_norm(maps.full) ** 2,
@@ -333,7 +337,7 @@ def _settings(block: AttentionBlock, x: Tensor) -> Iterable[tuple[str, int, int,
 def write_reconstruction(
     out: Path, network: Network, checkpoint: Path | None, images: int, rows: Sequence[dict[str, Any]]
 ) -> str:
-    """Write ``reconstruction-MODEL.json`` and ``.csv``; return the table as text."""
+    """Write ``reconstruction-MODEL.json`` and ``.csv``, and return the table as text."""
     out.mkdir(parents=True, exist_ok=True)
     path = out / f"reconstruction-{network.name}.json"
     about = {"model": network.name, "checkpoint": str(checkpoint) if checkpoint else None, "images": images}
@@ -346,7 +350,7 @@ def write_reconstruction(
 
 
 def reconstruction_table(rows: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
-    """Header and lines: a line for each map, points and groups; error and agreement by stage."""
+    """Return header and lines of a table: one line per map, points and groups, with error and agreement by stage."""
     stages = list(dict.fromkeys(row["stage"] for row in rows))
     lines: dict[tuple[Any, ...], dict[str, str]] = {}
     for row in rows:
@@ -358,23 +362,22 @@ def reconstruction_table(rows: Sequence[dict[str, Any]]) -> tuple[list[str], lis
 
 
 def figure4(config: Config, folder: Path, out: Path, dataset: str, queries: int = 3, measured: int = 8) -> None:
-    """Figure 4 of a training that is done, for some of its dataset's queries; nothing where it is there already.
+    """Draw Figure 4 for a finished training and some queries of its dataset, unless that is done already.
 
     Args:
-        config: of the training.
-        folder: of the training, with its checkpoint.
-        out: gets the pictures, and the errors over `measured` queries.
-        dataset: whose queries.
-        queries: how many are drawn.
-        measured: how many the errors are measured on.
+        config: the settings of the training.
+        folder: the folder of the training, with its checkpoint.
+        out: the folder of the pictures and of the measured errors.
+        dataset: the dataset of the queries.
+        queries: number of queries to draw.
+        measured: number of queries to measure the errors on.
     """
     checkpoint = newest_checkpoint(folder)
     done = out / f"reconstruction-{config.model.name}.json"
     if checkpoint is None or (done.exists() and done.stat().st_mtime >= checkpoint.stat().st_mtime):
         return
     network = load_network(config, checkpoint)
-    found = read_dataset(dataset, Path(config.data.root)).query
-    paths = [Path(item[0]) for item in found[:: max(1, len(found) // measured)][:measured]]
+    paths = _some_queries(dataset, Path(config.data.root), measured)
     for path in paths[:queries]:
         draw(network, path, out, grid=False)
     write_reconstruction(out, network, checkpoint, len(paths), reconstruction(network, paths))

@@ -18,7 +18,7 @@ from typing import Any
 
 import yaml
 
-from csalr_plugin.errors import UserError, first_line, suggest
+from csalr_plugin.errors import UserError, first_line, shown, suggest
 from csalr_plugin.hosts.torchreid.arguments import config_from_arguments, parse_arguments
 from csalr_plugin.hosts.torchreid.config import Config, default_config
 
@@ -131,7 +131,7 @@ def plan(options: Options) -> list[Run]:
     for name in options.only:
         if name not in names:
             known = f"it must be one of {', '.join(names)}" if names else f"{options.target} trains none"
-            raise UserError(f"--only '{name}' is not a row of {options.target}; {known}.{suggest(name, names)}")
+            raise UserError(f"--only {shown(name)} is not a row of {options.target}; {known}.{suggest(name, names)}")
     chosen = [name for name in names if not options.only or name in options.only]
     if not chosen:
         return []
@@ -143,7 +143,7 @@ def plan(options: Options) -> list[Run]:
 
 def _root(options: Options) -> Path:
     if options.root is not None:
-        return options.root.expanduser()
+        return options.root
     if options.preset != "smoke":
         raise UserError(
             f"--root is missing: the preset {options.preset} trains on a dataset; give the folder it is in."
@@ -166,7 +166,7 @@ def _weights(options: Options) -> str:
     if options.weights is None:
         return ""
     try:
-        return hashlib.sha256(options.weights.expanduser().read_bytes()).hexdigest()[:8]
+        return hashlib.sha256(options.weights.read_bytes()).hexdigest()[:8]
     except OSError as error:
         raise UserError(f"--weights '{options.weights}' cannot be read ({error.strerror}); give a file.") from None
 
@@ -252,7 +252,7 @@ def read_dataset(name: str, root: Path) -> Any:
 
     names = dataset_names("image")
     if name not in names:
-        raise UserError(f"--dataset '{name}' must be one of {', '.join(names)}.{suggest(name, names)}")
+        raise UserError(f"--dataset {shown(name)} must be one of {', '.join(names)}.{suggest(name, names)}")
     handler = vars(host().data.datasets)["__image_datasets"][name]
     place = root / (handler.dataset_dir or "")
     if not place.is_dir():

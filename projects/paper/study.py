@@ -14,9 +14,10 @@ from typing import Any
 
 from tqdm import tqdm
 
-from csalr_plugin.command_line import Parser
-from csalr_plugin.errors import UserError, suggest
+from csalr_plugin.command_line import Parser, argument, path_argument
+from csalr_plugin.errors import UserError, shown, suggest
 from csalr_plugin.files import write_json
+from csalr_plugin.hosts.keys import integer
 from csalr_plugin.hosts.torchreid.arguments import parse_arguments
 from csalr_plugin.version import __version__
 
@@ -66,17 +67,19 @@ def _parse(argv: Sequence[str]) -> Options:
         allow_abbrev=False,
     )
     parser.add_argument("target", metavar="TARGET", help="the table or figure to reproduce")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the study")
+    parser.add_argument("--out", type=path_argument, required=True, metavar="DIR", help="folder of the study")
     parser.add_argument(
-        "--root", type=Path, metavar="DATA", help="folder of the datasets; without it smoke draws its own"
+        "--root", type=path_argument, metavar="DATA", help="folder of the datasets; without it smoke draws its own"
     )
     parser.add_argument(
         "--dataset", default="market1501", metavar="NAME", help=f"{', '.join(paper()['datasets'])} (market1501)"
     )
     parser.add_argument("--preset", default="small", metavar="NAME", help=f"{', '.join(PRESETS)} (small)")
     parser.add_argument("--only", nargs="+", default=[], metavar="ROW", help="train only these rows, such as pcb_csalr")
-    parser.add_argument("--seeds", type=int, default=1, metavar="N", help="train each row with seeds 1 to N (1)")
-    parser.add_argument("--weights", type=Path, metavar="PATH", help="ResNet-50 state dict to start from")
+    parser.add_argument(
+        "--seeds", type=argument(integer(1, 1000)), default=1, metavar="N", help="train with seeds 1 to N (1)"
+    )
+    parser.add_argument("--weights", type=path_argument, metavar="PATH", help="ResNet-50 state dict to start from")
     parser.add_argument(
         "--report", action="store_true", help="train nothing: write the report of the present state of DIR"
     )
@@ -89,9 +92,7 @@ def _parse(argv: Sequence[str]) -> Options:
         (given.dataset, tuple(paper()["datasets"]), "--dataset"),
     ):
         if value not in allowed:
-            raise UserError(f"{name} '{value}' must be one of {', '.join(allowed)}.{suggest(value, allowed)}")
-    if given.seeds < 1:
-        raise UserError(f"--seeds is {given.seeds}; it must be at least 1.")
+            raise UserError(f"{name} {shown(value)} must be one of {', '.join(allowed)}.{suggest(value, allowed)}")
     pairs = parse_arguments([*rest, *overrides], "csalr reproduce")
     if any(vars(pairs)[name] for name in ("config_file", "sources", "targets", "transforms")):
         raise UserError("csalr reproduce takes a --preset and a --dataset in place of --config-file, -s and -t.")
@@ -181,8 +182,7 @@ def report(out: Path) -> None:
     from .report import write_report
 
     check_version(out)
-    path = write_report(out)
-    print(f"report: {path}, and beside it report.html, report.json, report.csv")
+    print(f"report: {write_report(out)}, and beside it report.html, report.json, report.csv")
 
 
 def _begun(run: Run) -> bool:
