@@ -11,7 +11,6 @@ from typing import Any, TypeAlias
 from tabulate import tabulate
 
 from csalr_plugin.demo_data import FOLDER, make_demo_data
-from csalr_plugin.errors import shown
 from csalr_plugin.files import make_writable_folder
 from csalr_plugin.hosts.folder import PREFIX, file_stem
 
@@ -36,7 +35,7 @@ def run_demo(out: Path, seed: int = 0, host: str = "torchreid") -> Results:
         UserError: `out` cannot be written or holds something else, or the host is not installed.
     """
     importlib.import_module(f"csalr_plugin.hosts.{host}").register()  # a missing host is an error before any drawing
-    make_writable_folder(out, f"--out {shown(str(out))}")
+    make_writable_folder(out, f"--out '{out}'")
     started = time.monotonic()
     data = f"{PREFIX}{make_demo_data(out / 'data', seed=seed) / FOLDER}"
     number = 1

@@ -452,9 +452,12 @@ def test_figure_4_is_drawn_for_a_block_whose_map_is_known(tmp_path: Path, monkey
 
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from PIL import Image
+
     from csalr_plugin.models import build_model
 
     folder = tmp_path_factory.mktemp("checkpoints")
+    Image.new("RGB", (16, 32)).save(folder / "person.jpg")
     for name in ("pcb", "pcb_csa"):
         torch.save({"state_dict": build_model(name, 2, pretrained=False).state_dict()}, folder / f"{name}.pth")
     return folder
@@ -463,12 +466,12 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     ("more", "expected"),
     [
-        (("--checkpoint", "pcb_csa.pth"), ("another architecture", "attention.stage1")),
+        (("--checkpoint", "pcb_csa.pth"), ("trained with attention csa", "has attention csalr")),
         (("--checkpoint", "pcb.pth"), ("no attention blocks", "pcb_csalr")),
         (("--checkpoint", "none.pth"), ("none.pth", "not a file")),
         (("MODEL.NAME", "pcb"), ("'pcb' has no attention",)),
         (("--points", "0.5,1.5"), ("0.5,1.5", "0 to below 1")),
-        (("--image", "note.txt"), ("note.txt", "no image")),
+        (("--image", "note.txt"), ("note.txt", "not an image")),
         (("--root", "."), ("either images", "--root")),
         (("--image", "a/person.jpg", "b/person.jpg"), ("'person'", "--out")),
     ],

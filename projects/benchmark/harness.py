@@ -63,7 +63,7 @@ def prepare(options: argparse.Namespace) -> torch.device:
     if options.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: torch sees no CUDA device here; take --device cpu.")
     keep_freed_memory()
-    make_writable_folder(options.out, f"--out {shown(str(options.out))}")
+    make_writable_folder(options.out, f"--out '{options.out}'")
     options.threads = options.threads or os.cpu_count() or 1
     torch.set_num_threads(options.threads)
     torch.backends.cudnn.benchmark = options.device == "cuda"  # as in training

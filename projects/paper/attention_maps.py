@@ -87,7 +87,7 @@ def main(argv: Sequence[str]) -> None:
         UserError: an argument cannot be used, an image cannot be read, or the checkpoint does not fit the model.
     """
     given, config = _parse(argv)
-    make_writable_folder(given.out, f"--out {shown(str(given.out))}")
+    make_writable_folder(given.out, f"--out '{given.out}'")
     paths = given.image or _some_queries(given.dataset, given.root, given.queries)
     for path in given.image or ():
         read_image(path)  # before the network is built
