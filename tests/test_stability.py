@@ -1,4 +1,4 @@
-"""The stability study: what it calls stable, and that it goes on where it stopped."""
+"""The stability study: its verdict on a run, and that finished runs are not repeated."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def study() -> ModuleType:
     return module
 
 
-def test_scaling_every_stage_by_10_changes_nothing_else_in_the_network(study: ModuleType) -> None:
+def test_scaling_every_stage_by_10_multiplies_the_last_feature_map_by_10(study: ModuleType) -> None:
     model = build_model("pcb", 3, pretrained=False).eval()
     for module in model.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
@@ -36,7 +36,7 @@ def test_scaling_every_stage_by_10_changes_nothing_else_in_the_network(study: Mo
         before = model.double()(images.double(), return_featuremaps=True)
         model.load_state_dict(study.scale_stages(model.state_dict(), 10))
         after = model(images.double(), return_featuremaps=True)
-    # Not to the last digit: the batch norms' eps is not scaled along.
+    # Approximately: the eps of the batch norms is not scaled.
     torch.testing.assert_close(after, 10 * before, rtol=1e-2, atol=1e-2)
 
 
@@ -54,7 +54,7 @@ def run(start: float, end: float, model: str = "pcb", seed: int = 1, stopped: st
         (run(30, 20, "pcb_csalr", stopped="L_F = nan"), "L_F = nan"),
     ],
 )
-def test_stable_means_finite_falling_and_not_above_pcb_by_more_than_two_seeds_differ(
+def test_a_stable_run_is_finite_and_falls_and_exceeds_pcb_by_no_more_than_its_two_seeds_differ(
     study: ModuleType, attention: dict[str, Any], verdict: str
 ) -> None:
     runs = [run(30, 20), run(30, 21, seed=2), attention]
@@ -62,8 +62,12 @@ def test_stable_means_finite_falling_and_not_above_pcb_by_more_than_two_seeds_di
     assert verdict in study.judge(attention, by_key)
 
 
-def test_a_run_that_is_done_is_not_repeated(
-    study: ModuleType, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_finished_run_is_not_repeated_and_never_mixed_with_other_settings(
+    study: ModuleType,
+    tiny_data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(study, "MODELS", (("pcb", 1), ("pcb_csalr", 1)))
     size = ["--height", "64", "--width", "32", "--batch-size", "8", "--iterations", "2"]
@@ -75,3 +79,36 @@ def test_a_run_that_is_done_is_not_repeated(
     study.main()
     assert files == {path: path.stat().st_mtime_ns for path in tmp_path.glob("*.json")}
     assert (tmp_path / "summary.md").is_file() and (tmp_path / "curves.png").is_file()
+    monkeypatch.setattr(sys, "argv", [*sys.argv[:-1], "3"])
+    assert study.main() == 2
+    assert "is a run with iterations 2, not 3; give another --out." in capsys.readouterr().err
+    assert files == {path: path.stat().st_mtime_ns for path in tmp_path.glob("*.json")}
+
+
+@pytest.mark.parametrize(
+    ("words", "complaint"),
+    [
+        (["--data", "demo=root"], "--out"),
+        (["--out", "out"], "--data"),
+        (["--out", "", "--data", "demo=root"], "the path is empty"),
+        (["--out", "out", "--data", "root"], "'root' is not NAME=ROOT"),
+        (["--out", "out", "--data", "a/b=root"], "'a/b=root' is not NAME=ROOT"),
+        (["--out", "out", "--data", "demo=root", "--iterations", "0"], "from 1 to 1000000"),
+        (["--out", "out", "--data", "demo=root", "--height", "٣"], "from 16 to 4096"),
+        (["--out", "out", "--data", "demo=root"], "data.root 'root'"),
+        (["--out", "out", "--data", "demo=root", "train.lr"], "'train.lr' has no value"),
+    ],
+)
+def test_a_mistake_is_one_line(
+    study: ModuleType,
+    words: list[str],
+    complaint: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["run.py", *words])
+    assert study.main() == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("stability: error: ") and complaint in line

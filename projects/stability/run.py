@@ -1,10 +1,10 @@
-"""Does every attention train stably at the paper's learning rates? Trains each for some iterations and says so.
+"""Train every attention for some iterations at the paper's learning rates, and report whether training is stable.
 
     python projects/stability/run.py --out stability --data demo=demo-output/data [--data NAME=ROOT ...]
         [--weights resnet50.pth] [KEY VALUE ...]
 
-Each run trains in a few minutes and writes a file; a run whose file is there is not repeated, so the study can be
-stopped at any time and started again. README.md beside this file says what is measured.
+Each run takes a few minutes and writes a file. Runs with a file are not repeated, so the study can be stopped at any
+time and started again. README.md beside this file explains the measurements.
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ import copy
 import itertools
 import json
 import math
+import re
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,9 @@ from tabulate import tabulate
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from csalr_plugin.errors import UserError
+from csalr_plugin.command_line import Parser, batch_argument, exit_code, path_argument, positive, side_argument
+from csalr_plugin.errors import UserError, shown
+from csalr_plugin.files import make_writable_folder, write_json
 from csalr_plugin.hosts.torchreid import register
 from csalr_plugin.hosts.torchreid.config import LR_SCHEDULER, OPTIMIZER, Config, default_config, set_active_config
 from csalr_plugin.hosts.torchreid.datasets import build_datamanager
@@ -35,41 +38,80 @@ from csalr_plugin.hosts.torchreid.optimizer import build_optimizer
 from csalr_plugin.hosts.torchreid.train import build_engine
 from csalr_plugin.models.weights import read_checkpoint, state_dict_of
 
-# PCB with two seeds: the noise that the others are judged by.
+# PCB is trained with two seeds: their difference is the noise level for the other models.
 MODELS = (("pcb", 1), ("pcb", 2), ("pcb_sa", 1), ("pcb_csa", 1), ("pcb_csalr", 1))
-END = 30  # iterations that "at the end" and "at the start" are means of
+END = 30  # iterations in the means "at the start" and "at the end"
 
 
 def main() -> int:
-    """Run what is missing, then write the table and the picture."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--data", action="append", required=True, metavar="NAME=ROOT", help="in market1501's layout")
-    parser.add_argument("--weights", metavar="PATH", help="ResNet-50 state dict; without it, random weights alone")
-    parser.add_argument("--iterations", type=int, default=300)
-    parser.add_argument("--height", type=int, default=384)
-    parser.add_argument("--width", type=int, default=128)
-    parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("overrides", nargs="*", metavar="KEY VALUE", help="further keys, such as csalr.amp bf16")
-    options = parser.parse_args()
-    options.out.mkdir(parents=True, exist_ok=True)
+    """Run the study with the arguments of the process; return its exit code: 0 if every run is stable, else 1.
+
+    A user's mistake gives 2, Ctrl-C 130 (see `exit_code`).
+    """
+    stable = False
+
+    def study() -> None:
+        nonlocal stable
+        stable = run_study(parse(sys.argv[1:]))
+
+    return exit_code("stability", study) or int(not stable)
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """Parse the arguments.
+
+    Raises:
+        UserError: an argument cannot be used.
+    """
+    parser = Parser(prog="stability", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=path_argument, required=True, metavar="DIR", help="folder of the results")
+    parser.add_argument(
+        "--data", action="append", required=True, metavar="NAME=ROOT", help="data root in market1501's layout"
+    )
+    parser.add_argument(
+        "--weights", type=path_argument, metavar="PATH", help="ResNet-50 state dict (without it: random weights only)"
+    )
+    parser.add_argument("--iterations", type=positive, default=300, metavar="N", help="iterations of a run (300)")
+    parser.add_argument("--height", type=side_argument, default=384, metavar="N", help="image height (384)")
+    parser.add_argument("--width", type=side_argument, default=128, metavar="N", help="image width (128)")
+    parser.add_argument("--batch-size", type=batch_argument, default=64, metavar="N", help="images per batch (64)")
+    parser.add_argument("overrides", nargs="*", metavar="KEY VALUE", help="more config keys, such as csalr.amp bf16")
+    options = parser.parse_args(argv)
+    for item in options.data:
+        if not re.fullmatch(r"[\w-]+=.+", item):
+            raise UserError(f"--data {shown(item)} is not NAME=ROOT; for example demo=demo-output/data.")
+    options.data = dict(item.split("=", 1) for item in options.data)
+    return options
+
+
+def run_study(options: argparse.Namespace) -> bool:
+    """Run the missing trainings, then write the table and the picture; return whether every run is stable.
+
+    Raises:
+        UserError: a setting cannot be used, or the folder has results of other settings.
+    """
+    make_writable_folder(options.out, f"--out '{options.out}'")
     starts = ("random", "pretrained", "pretrained x10") if options.weights else ("random",)
-    datasets = dict(item.split("=", 1) for item in options.data)
-    try:
-        for (name, root), start, (model, seed) in itertools.product(datasets.items(), starts, MODELS):
-            path = options.out / f"{name}-{start.replace(' ', '-')}-{model}-{seed}.json"
-            if not path.exists():
-                result = {"data": name, "start": start, "model": model, "seed": seed}
-                result |= train(options, root, start, model, seed)
-                path.write_text(json.dumps(result) + "\n")
-    except UserError as error:
-        print(f"stability: error: {error}", file=sys.stderr)
-        return 2
+    names = ("iterations", "height", "width", "batch_size", "overrides")
+    settings = {name: getattr(options, name) for name in names}
+    for (name, root), start, (model, seed) in itertools.product(options.data.items(), starts, MODELS):
+        path = options.out / f"{name}-{start.replace(' ', '-')}-{model}-{seed}.json"
+        if path.exists():
+            before = json.loads(path.read_text(encoding="utf-8"))["settings"]
+            differing = [key for key in settings if before[key] != settings[key]]
+            if differing:
+                raise UserError(
+                    f"'{path}' is a run with {differing[0]} {before[differing[0]]}, not {settings[differing[0]]}; give "
+                    "another --out."
+                )
+            continue
+        result = {"data": name, "start": start, "model": model, "seed": seed, "settings": settings}
+        write_json(path, result | train(options, root, start, model, seed))
     return report(options.out)
 
 
 def train(options: argparse.Namespace, root: str, start: str, model_name: str, seed: int) -> dict[str, Any]:
-    """One run: every term of the loss at each iteration, and how far the maps are from saturation."""
+    """Train one run; return each term of the loss per iteration, and the softmax saturation of the blocks."""
     config = default_config()
     config.merge_from_file("configs/torchreid/pcb_384x128_sgd.yaml")
     overrides = {
@@ -97,7 +139,7 @@ def train(options: argparse.Namespace, root: str, start: str, model_name: str, s
 
 
 def iterate(config: Config, datamanager: Any, model: nn.Module, iterations: int) -> dict[str, Any]:
-    """Train `model` for `iterations` with the plugin's engine, at the first epoch's learning rates."""
+    """Train `model` with the plugin's engine at the learning rates of the first epoch."""
     if config.use_gpu:
         model = model.cuda()
     optimizer = build_optimizer(model, **config.keyword_arguments(OPTIMIZER))
@@ -122,7 +164,7 @@ def iterate(config: Config, datamanager: Any, model: nn.Module, iterations: int)
 
 @contextlib.contextmanager
 def diagnosing(model: nn.Module) -> Iterator[dict[str, dict[str, float]]]:
-    """Collect what each block's `diagnose` says of the batch that the model is trained on, by stage."""
+    """Collect the output of each block's `diagnose` on the training batch, by stage."""
     seen: dict[str, dict[str, float]] = {}
     handles = []
     for stage, block in model.attention.items():
@@ -139,10 +181,10 @@ def diagnosing(model: nn.Module) -> Iterator[dict[str, dict[str, float]]]:
 
 
 def scale_stages(state: dict[str, Tensor], factor: float) -> dict[str, Tensor]:
-    """The same ResNet-50 with the output of every stage multiplied by `factor`.
+    """Return the weights of the same ResNet-50 with the output of every stage multiplied by `factor`.
 
-    Each residual branch and each shortcut is scaled at its last batch norm; the running statistics of what reads
-    a scaled map are scaled along.
+    Each residual branch and each shortcut is scaled at its last batch norm. The running statistics of the layers that
+    read a scaled map are scaled too.
     """
     scaled = copy.deepcopy(state)
     for name, value in scaled.items():
@@ -164,9 +206,9 @@ def scale_stages(state: dict[str, Tensor], factor: float) -> dict[str, Tensor]:
     return scaled
 
 
-def report(out: Path) -> int:
-    """Write summary.md and curves.png from the runs in `out`; 0 if every run is stable, else 1."""
-    runs = [json.loads(path.read_text()) for path in sorted(out.glob("*.json"))]
+def report(out: Path) -> bool:
+    """Write summary.md and curves.png from the runs in `out`; return whether every run is stable."""
+    runs = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(out.glob("*.json"))]
     by_key = {(run["data"], run["start"], run["model"], run["seed"]): run for run in runs}
     rows, sound = [], True
     for run in runs:
@@ -189,20 +231,24 @@ def report(out: Path) -> int:
         )
     header = ("start", "model", "L_F first", "L_F last", "largest logit", "min S_ii", "alpha", "verdict")
     table = tabulate(rows, header, tablefmt="github", floatfmt=".2f")
-    (out / "summary.md").write_text(table + "\n")
+    (out / "summary.md").write_text(table + "\n", encoding="utf-8")
     print(table)
     draw(runs, out / "curves.png")
-    return 0 if sound else 1
+    return sound
 
 
 def mean(run: dict[str, Any], term: str, part: slice) -> float:
-    """The mean of a term over a part of the run's iterations."""
+    """Return the mean of a term over a part of the iterations of a run."""
     values = [row[term] for row in run["curves"][part]]
     return sum(values) / len(values) if values else math.nan
 
 
 def judge(run: dict[str, Any], runs: dict[tuple[Any, ...], dict[str, Any]]) -> str:
-    """Stable, or what is not: a stop, a term that does not fall, L_F above PCB's by more than two seeds differ."""
+    """Return "stable", or the reason why not.
+
+    A run is not stable if it stopped, if a term of the loss does not fall, or if L_F exceeds PCB's by more than the
+    difference between PCB's two seeds.
+    """
     if run["stopped"]:
         return run["stopped"]
     terms = [name for name in run["curves"][0] if name.startswith("L_")]
@@ -219,7 +265,7 @@ def judge(run: dict[str, Any], runs: dict[tuple[Any, ...], dict[str, Any]]) -> s
 
 
 def draw(runs: list[dict[str, Any]], path: Path) -> None:
-    """L_F of every run, smoothed over END iterations, a panel for each data set and start."""
+    """Plot L_F of every run, smoothed over END iterations, with one panel per data set and start."""
     import matplotlib
 
     matplotlib.use("Agg")
