@@ -86,7 +86,7 @@ def exit_code(prog: str, command: Callable[[], object]) -> int:
 
     Args:
         prog: the name of the command, for the line.
-        command: what to run.
+        command: the function to run.
 
     Returns:
         0; 2 for a user's mistake; 130 for Ctrl-C; 141 when the reader of the output has ended, as in ``| head``.

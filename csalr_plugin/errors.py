@@ -1,4 +1,4 @@
-"""Errors that are the user's to mend, and how they quote what the user gave."""
+"""Errors that the user can solve, and the format of the values in their messages."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Studies: a folder each, with its README. Commands of `csalr` run them."""
+"""Studies: one folder per study, with a README. Commands of `csalr` run them."""

@@ -162,7 +162,7 @@ def test_the_smoke_of_every_table_ends_in_a_report_that_marks_each_number_and_fi
     (out / "runs/market1501-pcb_csa").rename(tmp_path / "elsewhere")
     assert main(["reproduce", "all", "--out", str(out), "--report"]) == 0
     half, text = cells(out), (out / "report.md").read_text()
-    assert "**This report is of a study that is not finished.**" in text
+    assert "**This study is not finished.**" in text
     for row, state in (("PCB + SA", "epoch 1 of 2"), ("PCB + CSA", "not run")):
         assert half["table1", row, "market1501", "mAP"]["ours"] is None
         assert half["table1", row, "market1501", "mAP"]["state"] == state

@@ -1,6 +1,6 @@
-"""The eight architectures; they need torch and torchvision, and no host.
+"""The eight architectures. They need torch and torchvision, and no host.
 
-Importing the package takes neither: what is known without them, names and channels, costs nothing to ask.
+Importing this package imports neither, so that the names of the models are available at once.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import importlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from csalr_plugin.errors import UserError, suggest
+from csalr_plugin.errors import UserError, shown, suggest
 
 if TYPE_CHECKING:
     from csalr_plugin.models.pcb import PCB, RefinedPCB
@@ -37,13 +37,15 @@ def __getattr__(name: str) -> Any:
 
 
 def head_and_attention(name: str) -> tuple[str, str]:
-    """Take a model's name apart: "pcb_rpp_csalr" is ("pcb_rpp", "csalr"), and "pcb" is ("pcb", "none").
+    """Split the name of a model: "pcb_rpp_csalr" is ("pcb_rpp", "csalr"), and "pcb" is ("pcb", "none").
 
     Raises:
-        UserError: for an unknown name.
+        UserError: the name is unknown.
     """
     if name not in MODEL_NAMES:
-        raise UserError(f"Unknown model {name!r}: allowed is {', '.join(MODEL_NAMES)}.{suggest(name, MODEL_NAMES)}")
+        raise UserError(
+            f"Unknown model {shown(name)}: allowed is {', '.join(MODEL_NAMES)}.{suggest(name, MODEL_NAMES)}"
+        )
     if name.endswith(("pcb", "rpp")):
         return name, "none"
     head, attention = name.rsplit("_", 1)
@@ -67,14 +69,14 @@ def build_model(
     Args:
         name: one of `MODEL_NAMES`: head ("pcb", "pcb_rpp"), then attention ("", "_sa", "_csa", "_csalr").
         num_classes: training identities.
-        loss: "softmax" or "triplet"; see `PCB.forward` for what training mode returns.
+        loss: "softmax" or "triplet"; see `PCB.forward` for the output in training mode.
         pretrained: start from ImageNet weights of ResNet-50.
         pretrained_weights: path to a state dict of torchvision's ResNet-50; empty means torchvision's download.
         groups, landmarks, key_ratio: see `csalr_plugin.attention.build_attention`.
-        stages: stages of the ResNet, 1 to 4, that are followed by a block.
+        stages: the stages of the ResNet, from 1 to 4, with a block after them.
 
     Raises:
-        UserError: for an unknown name, settings that no model can have, or weights that cannot be had.
+        UserError: the name is unknown, a setting is not allowed, or the weights cannot be downloaded or read.
     """
     from csalr_plugin.models.pcb import PCB, RefinedPCB
     from csalr_plugin.models.weights import load_backbone

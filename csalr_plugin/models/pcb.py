@@ -17,7 +17,7 @@ from csalr_plugin.models.weights import record_network_settings
 
 
 def identity_classifier(channels: int, num_classes: int) -> nn.Linear:
-    """A linear layer to the identities that starts near zero, as the host's do."""
+    """Return a linear layer to the identities with weights near zero, as in torchreid."""
     linear = nn.Linear(channels, num_classes)
     nn.init.normal_(linear.weight, std=0.01)
     nn.init.zeros_(linear.bias)
@@ -25,11 +25,11 @@ def identity_classifier(channels: int, num_classes: int) -> nn.Linear:
 
 
 class Supervision(nn.Module):
-    """A deep supervision branch's end: from the pooled product to logits of the identities (training only).
+    """The end of a deep supervision branch: from the pooled product to the logits of the identities (training only).
 
-    The branch is stage output times attention output, element by element; global average (both in
-    `AttentionBlock.supervised`); one linear layer. The batch norm before the linear layer folds into it at test
-    time, and keeps its input at the scale that it can learn from.
+    A branch is the elementwise product of stage output and attention output, global average pooling (both in
+    `AttentionBlock.supervised`), and one linear layer. A batch norm before the linear layer keeps the scale of its
+    input; it could be folded into the linear layer.
 
     Args:
         channels: C of the stage.
@@ -39,7 +39,7 @@ class Supervision(nn.Module):
     def __init__(self, channels: int, num_classes: int) -> None:
         super().__init__()
         self.norm = nn.BatchNorm1d(channels)
-        # The input's length starts as that of a part's 256 channels, whatever C: so one learning rate suits both.
+        # For any C, the initial norm of the input is that of a part's 256 channels: one learning rate suits both.
         nn.init.constant_(self.norm.weight, 0.5 * (256 / channels) ** 0.5)
         self.classifier = identity_classifier(channels, num_classes)
 
@@ -49,7 +49,7 @@ class Supervision(nn.Module):
 
 
 class PartReduction(nn.Module):
-    """The shared 1x1 convolution 2048 -> 256 with batch norm and ReLU; named as in the host's PCB."""
+    """The shared 1x1 convolution 2048 -> 256 with batch norm and ReLU; the names are those of torchreid's PCB."""
 
     def __init__(self, channels: int, reduced: int) -> None:
         super().__init__()
@@ -65,15 +65,15 @@ class PartReduction(nn.Module):
 class PCB(nn.Module):
     """Part-based convolutional baseline (Sun et al., ECCV 2018) on a ResNet-50 with attention after its stages.
 
-    Children that the host's `pcb_p6` has too carry its names, so its checkpoints load by name; with every
-    alpha = 0 the two then give identical embeddings. What is new lives in `attention`, `supervision` and
+    Layers that torchreid's `pcb_p6` has too carry its names, so its checkpoints load by name. With every alpha = 0,
+    the two then give identical embeddings. The new layers are in the children `attention`, `supervision` and
     `part_classifier`.
 
     Args:
         num_classes: training identities.
         attention: "none", "sa", "csa" or "csalr".
-        loss: "softmax" or "triplet": what `forward` returns in training mode.
-        stages: stages of the ResNet, 1 to 4, that are followed by a block.
+        loss: "softmax" or "triplet"; decides the output of `forward` in training mode.
+        stages: the stages of the ResNet, from 1 to 4, with a block after them.
         parts: horizontal stripes.
         groups, landmarks, key_ratio: see `csalr_plugin.attention.build_attention`. State dicts record them.
 
@@ -81,7 +81,7 @@ class PCB(nn.Module):
         feature_dim: width of the embedding, parts * 2048.
 
     Raises:
-        UserError: for an unknown loss, stages outside 1 to 4 or repeated, or settings that no block can have.
+        UserError: the loss is unknown, a stage is outside 1 to 4 or repeated, or a block refuses its settings.
     """
 
     conv1: nn.Conv2d
@@ -110,7 +110,7 @@ class PCB(nn.Module):
         if not given or not allowed or len(set(given)) != len(given):
             raise UserError(f"stages {stages!r} must be distinct integers from 1 to 4, for example (1, 2, 3).")
         self.loss, self.parts, self.feature_dim = loss, parts, parts * STAGE_CHANNELS[4]
-        # Residual branches that start at zero: from random weights the network then learns several times faster.
+        # With residual branches initialised to zero, a network from random weights learns several times faster.
         resnet = torchvision.models.resnet50(weights=None, zero_init_residual=True)
         for layer in (resnet.layer4[0].conv2, resnet.layer4[0].downsample[0]):
             layer.stride = (1, 1)
@@ -136,9 +136,9 @@ class PCB(nn.Module):
         self.classifier = nn.ModuleList(identity_classifier(reduced, num_classes) for _ in range(parts))
 
     def featuremaps(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """Backbone and attention: images (B, 3, H, W) -> (B, 2048, H/16, W/16), and the branches' logits.
+        """Run the backbone with attention: images (B, 3, H, W) -> feature map (B, 2048, H/16, W/16), branch logits.
 
-        The branches run in training mode only.
+        The supervision branches run in training mode only; their logits are (B, num_classes) each.
         """
         x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
         branch_logits: list[Tensor] = []
@@ -155,18 +155,22 @@ class PCB(nn.Module):
         return x, branch_logits
 
     def pool_parts(self, features: Tensor) -> Tensor:
-        """Part features, the means of the stripes: (B, 2048, H, W) -> (B, 2048, parts, 1)."""
+        """Return the part features, the means over horizontal stripes: (B, 2048, H, W) -> (B, 2048, parts, 1)."""
         return F.adaptive_avg_pool2d(features, (self.parts, 1))
 
     def forward(self, x: Tensor, return_featuremaps: bool = False) -> Any:
-        """Images (B, 3, H, W) to what the mode and the loss ask for.
+        """Compute embeddings (eval mode) or logits (training mode) of images (B, 3, H, W).
+
+        Args:
+            x: the images.
+            return_featuremaps: return the last feature map (B, 2048, H/16, W/16) instead.
 
         Returns:
-            In eval mode the embedding (B, parts * 2048): each part's 2048-vector has unit length; a
-            channel's parts lie side by side, as in the host's PCB. In training
-            mode with loss "softmax" a list of logits (B, num_classes), the parts first, then the supervision
-            branches in the order of the stages; with "triplet" that list and the embedding. With
-            `return_featuremaps` the last feature map (B, 2048, H/16, W/16).
+            In eval mode: the embedding (B, parts * 2048). The 2048-vector of each part has unit length, and the
+            parts of a channel are adjacent, as in torchreid's PCB.
+            In training mode with loss "softmax": a list of logits (B, num_classes), first those of the parts, then
+            those of the supervision branches in the order of the stages. With loss "triplet": that list, and the
+            embedding.
         """
         features, branch_logits = self.featuremaps(x)
         if return_featuremaps:
@@ -182,15 +186,15 @@ class PCB(nn.Module):
 
 
 class RefinedPCB(PCB):
-    """PCB with refined part pooling (RPP): a part classifier says how much a position belongs to each part.
+    """PCB with refined part pooling (RPP): a part classifier assigns each position to the parts by weights.
 
-    Training begins as PCB, with `refining` False, and goes on with the part classifier (section 4.2).
+    Training begins as PCB, with `refining` False, and continues with the part classifier (section 4.2).
 
     Args:
         num_classes, options: as for `PCB`.
 
     Attributes:
-        refining: whether parts are pooled by the part classifier (True) or, as in PCB, by stripes. Saved with
+        refining: pool the parts with the part classifier (True), or by stripes as in PCB (False). It is saved with
             the weights, so that a checkpoint is evaluated in the phase that it was saved in.
     """
 
@@ -203,18 +207,18 @@ class RefinedPCB(PCB):
         nn.init.zeros_(cast(Tensor, self.part_classifier.bias))
 
     def pool_parts(self, features: Tensor) -> Tensor:
-        """Part features, 6 * mean over positions of weight * feature: (B, 2048, H, W) -> (B, 2048, parts, 1)."""
+        """Return the part features, parts * mean over positions of weight * feature: -> (B, 2048, parts, 1)."""
         if not self.refining:
             return super().pool_parts(features)
         weights = self.part_classifier(features).softmax(dim=1)  # B, parts, H, W
         pooled = features.flatten(2) @ weights.to(features.dtype).flatten(2).mT  # B, 2048, parts
-        # Weights that are the stripes themselves give the stripes' means, as in PCB.
+        # With the indicators of the stripes as weights, this gives the means over the stripes, as in PCB.
         return (pooled * (self.parts / features[0, 0].numel()))[..., None]
 
     def get_extra_state(self) -> Tensor:
-        """`refining`, as a tensor: hosts expect nothing else in a state dict."""
+        """Return `refining` as a tensor, because hosts expect only tensors in a state dict."""
         return torch.tensor(self.refining)
 
     def set_extra_state(self, state: Tensor) -> None:
-        """Take up the phase that a checkpoint was saved in."""
+        """Set `refining` to its value in a checkpoint."""
         self.refining = bool(state)

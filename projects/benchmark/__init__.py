@@ -1,1 +1,1 @@
-"""What each model costs, measured side by side: `csalr bench`."""
+"""The benchmark, `csalr bench`: the cost of the models, measured side by side."""

@@ -1,4 +1,4 @@
-"""What the three studies share: settings, results that outlive an interruption, alternating rounds, statistics."""
+"""Shared parts of the three studies: options, stored results, alternating rounds, measurements and statistics."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ from csalr_plugin.hosts.training import keep_freed_memory
 
 from ..environment import machine, versions
 
-# A median of fewer rounds says little; `--quick` may have fewer, to try things out.
+# The median of fewer rounds is unreliable; `--quick` allows fewer, to try things out.
 FEWEST_REPEATS = 5
 TOO_LARGE = "spread too large"
-# One round of a case: what was measured, by name, in seconds.
+# The measurements of one case in one round, by name, in seconds.
 Sample = dict[str, float]
 
 
 def add_common_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags that every study has."""
+    """Add the options that every study has."""
     parser.add_argument("--out", type=path_argument, required=True, metavar="DIR", help="folder of the results")
     parser.add_argument("--quick", action="store_true", help="a smaller study of about two minutes")
     parser.add_argument("--repeats", type=positive, metavar="N", help="rounds, at least 5 (7; quick 5)")
@@ -48,10 +48,10 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def prepare(options: argparse.Namespace) -> torch.device:
-    """Check the common flags, make the folder, pin the threads; return the device.
+    """Check the common options, create the folder and set the number of threads; return the device.
 
     Raises:
-        UserError: too few repeats, no such device, or a folder that cannot be written.
+        UserError: there are too few repeats, the device is missing, or the folder cannot be written.
     """
     options.repeats = options.repeats or (FEWEST_REPEATS if options.quick else 7)
     if options.repeats < FEWEST_REPEATS and not options.quick:
@@ -61,7 +61,7 @@ def prepare(options: argparse.Namespace) -> torch.device:
     if options.device not in ("cpu", "cuda"):
         raise UserError(f"--device {shown(options.device)} is not known: allowed is cpu or cuda.")
     if options.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: torch sees no CUDA device here; take --device cpu.")
+        raise UserError("--device cuda: torch sees no CUDA device here; use --device cpu.")
     keep_freed_memory()
     make_writable_folder(options.out, f"--out '{options.out}'")
     options.threads = options.threads or os.cpu_count() or 1
@@ -91,21 +91,21 @@ def code_digest() -> str:
 
 
 class Results:
-    """What a study has measured so far, in one JSON file that is replaced as a whole.
+    """The results of a study so far, stored in one JSON file that is always complete.
 
     Args:
-        folder: where `<study>.json` lies; what it holds is taken up.
-        study: the study's name.
-        settings: everything that samples depend on, as JSON values.
-        device: where the study runs.
+        folder: the folder of `<study>.json`. The results in that file are continued.
+        study: the name of the study.
+        settings: everything that the samples depend on, as JSON values.
+        device: the device of the study.
 
     Attributes:
-        counts: by case, what is counted or measured once.
-        rounds: raw samples; each round has one of every case.
-        summary: what the table says, as numbers.
+        counts: the figures of each case that are counted or measured once.
+        rounds: the raw samples; each round has one sample of every case.
+        summary: the numbers of the table.
 
     Raises:
-        UserError: the file is damaged, or of other settings, another machine or other versions.
+        UserError: the file is damaged, or was measured with other settings, machine, versions or code.
     """
 
     def __init__(self, folder: Path, study: str, settings: Mapping[str, Any], device: torch.device) -> None:
@@ -120,9 +120,9 @@ class Results:
         self.rounds: list[dict[str, Sample]] = []
         self.summary: dict[str, Any] = {}
         if self.path.exists():
-            self._take_up()
+            self._load()
 
-    def _take_up(self) -> None:
+    def _load(self) -> None:
         try:
             content = json.loads(self.path.read_text(encoding="utf-8"))
             before = {name: content[name] for name in self.identity}
@@ -135,24 +135,24 @@ class Results:
                 if was != wanted:
                     raise UserError(
                         f"{str(self.path)!r} was measured with {name} {was!r}, not {wanted!r}: give another folder "
-                        "with --out, or what it was measured with."
+                        "with --out, or the same settings."
                     )
 
     def save(self) -> None:
-        """Write the file; whoever stops the study finds the last complete one."""
+        """Write the file in one step, so that an interruption leaves the previous complete file."""
         content = {**self.identity, "counts": self.counts, "rounds": self.rounds, "summary": self.summary}
         write_json(self.path, content)
 
-    def samples(self, case: str, what: str) -> list[float]:
-        """The raw samples of one case, a round each."""
-        return [one[case][what] for one in self.rounds]
+    def samples(self, case: str, name: str) -> list[float]:
+        """Return the measurement `name` of a case in every round."""
+        return [one[case][name] for one in self.rounds]
 
 
 def alternate(results: Results, cases: Mapping[str, Callable[[], Sample]], repeats: int) -> None:
-    """Measure every case once a round until there are `repeats` rounds, saved after each.
+    """Measure every case once per round until there are `repeats` rounds; save after each round.
 
-    So that drift of the machine hits all alike; each round starts at another case, so that none always follows the
-    same neighbour. Before the first, every case runs once unmeasured.
+    Alternating spreads a drift of the machine over all cases. Each round starts with another case, so that no case
+    always follows the same one. Before the first round, every case runs once as a warm-up.
     """
     missing = repeats - len(results.rounds)
     if missing <= 0:
@@ -160,8 +160,8 @@ def alternate(results: Results, cases: Mapping[str, Callable[[], Sample]], repea
     names = list(cases)
     with tqdm(total=len(cases) * (missing + 1), unit="case") as progress:
 
-        def measure(name: str, what: str) -> Sample:
-            progress.set_description(f"{what}: {name}")
+        def measure(name: str, stage: str) -> Sample:
+            progress.set_description(f"{stage}: {name}")
             sample = cases[name]()
             progress.update()
             return sample
@@ -171,14 +171,14 @@ def alternate(results: Results, cases: Mapping[str, Callable[[], Sample]], repea
         while len(results.rounds) < repeats:
             number = len(results.rounds)
             start = number % len(names)
-            what = f"round {number + 1} of {repeats}"
-            measured = {name: measure(name, what) for name in names[start:] + names[:start]}
+            stage = f"round {number + 1} of {repeats}"
+            measured = {name: measure(name, stage) for name in names[start:] + names[:start]}
             results.rounds.append({name: measured[name] for name in names})
             results.save()
 
 
 def seconds(action: Callable[[], object], device: torch.device) -> float:
-    """How long `action` takes, the device's work included and Python's search for garbage left out."""
+    """Return the seconds that `action` takes, including the work of the device and excluding garbage collection."""
     gc.collect()
     gc.disable()
     try:
@@ -194,10 +194,11 @@ def seconds(action: Callable[[], object], device: torch.device) -> float:
 
 
 def peak_bytes(action: Callable[[], object], device: torch.device) -> int:
-    """The most memory that `action` holds at one time, in bytes, beyond what was held before it.
+    """Return the peak memory of `action` in bytes, beyond the memory in use before it.
 
-    On CUDA as torch's allocator counts it; on a CPU the running sum of the allocations and releases that torch's
-    profiler records. What a library takes past torch's allocator, such as oneDNN's scratch, is in neither.
+    On CUDA, this is the peak of torch's allocator. On a CPU, it is the maximum of the running sum of the allocations
+    and releases that torch's profiler records. Neither includes memory that a library allocates by itself, such as
+    oneDNN's scratch memory.
     """
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -206,7 +207,7 @@ def peak_bytes(action: Callable[[], object], device: torch.device) -> int:
         action()
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or it writes into the progress line
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # otherwise it writes into the progress line
     activities = [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
         action()
@@ -217,39 +218,41 @@ def peak_bytes(action: Callable[[], object], device: torch.device) -> int:
 
 @dataclass(frozen=True)
 class Statistic:
-    """A median, and the distance of the quartiles as its spread."""
+    """A median, with the interquartile range as its spread."""
 
     median: float
     spread: float
 
     @classmethod
     def of(cls, samples: Sequence[float]) -> Statistic:
-        """The statistic of samples, at least one."""
+        """Return the statistic of at least one sample."""
         low, middle, high = np.percentile(samples, (25, 50, 75))
         return cls(float(middle), float(high - low))
 
     def __str__(self) -> str:
-        decimals = 2 - math.floor(math.log10(abs(self.median))) if self.median else 2  # three digits of the median
+        decimals = (
+            2 - math.floor(math.log10(abs(self.median))) if self.median else 2
+        )  # three significant digits of the median
         return f"{self.median:.{max(0, decimals)}f} ± {self.spread / 2:.{max(0, decimals)}f}"
 
 
 def change(samples: Sequence[float], baseline: Sequence[float]) -> Statistic:
-    """By how much `samples` differ from `baseline`, round by round: 0.1 is a tenth more."""
+    """Return the relative change of `samples` from `baseline`, taken round by round: 0.1 is 10 % more."""
     return Statistic.of([one / other - 1 for one, other in zip(samples, baseline, strict=True)])
 
 
 def as_percent(changed: Statistic) -> str:
-    """The change in per cent, or a refusal where its spread is larger than itself."""
+    """Format a change in per cent, or as `TOO_LARGE` if its spread exceeds its size."""
     return TOO_LARGE if changed.spread > abs(changed.median) else f"{changed.median:+.1%}"
 
 
 def fit_exponent(sizes: Sequence[float], costs: Sequence[float]) -> float:
-    """The exponent p of cost = a * size^p by least squares of the logarithms; at least two sizes."""
+    """Return the exponent p of cost = a * size^p, by least squares of the logarithms of at least two sizes."""
     return float(np.polyfit(np.log(sizes), np.log(costs), 1)[0])
 
 
 def write_report(results: Results, title: str, table: str, notes: Sequence[str]) -> None:
-    """Write `<study>.md` beside the JSON, with what it was measured on, and print the table."""
+    """Write `<study>.md` with the table, machine, versions and settings beside the JSON file; print the table."""
     described = [
         (part, ", ".join(f"{name} {_plain(value)}" for name, value in results.identity[part].items()))
         for part in ("machine", "versions", "settings")
@@ -267,7 +270,7 @@ def _plain(value: Any) -> str:
 
 
 def pyplot() -> Any:
-    """matplotlib's pyplot, drawing into files alone."""
+    """Return matplotlib's pyplot, set to draw into files."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -1,7 +1,7 @@
-"""How one block's time and memory grow with the number of positions, and the fitted exponents.
+"""Time and memory of one block against the number of positions, and the fitted exponents.
 
-A block trains for a pass, forward and backward, over maps of more and more positions; SA until it no longer fits into
-half of the memory or a pass would take longer than --limit. README.md in projects/benchmark says what is fitted.
+A block runs a training pass, forward and backward, over maps of increasing size. SA is measured until a pass would need
+more than half of the memory or take longer than --limit. README.md in projects/benchmark explains the fits.
 """
 
 from __future__ import annotations
@@ -43,13 +43,13 @@ from .harness import (
 POSITIONS = (192, 768, 3072, 12288, 49152)
 QUICK_POSITIONS = (192, 768, 3072, 12288)
 LINEAR = 1.1  # exponents up to here count as linear
-# Time is fitted on the largest sizes only: below them a pass is mostly overhead, which does not grow.
+# Time is fitted on the largest sizes only: on small maps, a pass is mostly constant overhead.
 TIMED_SIZES = 3
 
 
 @dataclass(frozen=True)
 class Curve:
-    """One block: the attention's name, landmarks (or bases) and groups."""
+    """One block of the study: its attention, landmarks (or bases) and groups."""
 
     label: str
     attention: str
@@ -57,7 +57,7 @@ class Curve:
     groups: int = 1
 
     def build(self, channels: int) -> AttentionBlock:
-        """The block for maps of `channels` channels."""
+        """Build the block for maps of `channels` channels."""
         return build_attention(self.attention, channels, groups=self.groups, landmarks=self.landmarks)
 
 
@@ -75,7 +75,7 @@ CURVES: Mapping[str, Curve] = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The study's flags."""
+    """Add the options of the study."""
     add_common_arguments(parser)
     channels = argument(integer(32, 8192))
     parser.add_argument("--channels", type=channels, default=256, metavar="N", help="C of the block, by 32 (256)")
@@ -88,22 +88,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"sizes, each 192 times a square ({' '.join(map(str, POSITIONS))}; quick up to {QUICK_POSITIONS[-1]})",
     )
     parser.add_argument(
-        "--limit", type=positive, metavar="SECONDS", help="a pass that would take longer is left out (60; quick 3)"
+        "--limit", type=positive, metavar="SECONDS", help="leave out passes that would take longer (60; quick 3)"
     )
 
 
 def run(options: argparse.Namespace) -> None:
-    """Measure what is missing in the folder, then write table and picture.
+    """Run the missing measurements, then write the table and the picture.
 
     Raises:
-        UserError: for a flag that cannot be used, before anything is measured.
+        UserError: an option cannot be used; this is checked before any measurement.
     """
     device = prepare(options)
     positions = sorted(set(options.positions or (QUICK_POSITIONS if options.quick else POSITIONS)))
     for n in positions:
         map_size(n)
     if len(positions) < 2:
-        raise UserError(f"--positions {positions[0]} is one size: an exponent needs two at least.")
+        raise UserError(f"--positions {positions[0]} is one size: give at least two, to fit an exponent.")
     if options.channels % 32:
         raise UserError(f"--channels {options.channels} must be a multiple of 32: 8 groups share a quarter of them.")
     settings = {
@@ -131,7 +131,7 @@ def run(options: argparse.Namespace) -> None:
 
 
 def map_size(n: int) -> tuple[int, int]:
-    """Height and width, 3 to 1, of a map with n positions.
+    """Return height and width, in the ratio 3 to 1, of a map with n positions.
 
     Raises:
         UserError: n is not 192 times a square number.
@@ -143,29 +143,29 @@ def map_size(n: int) -> tuple[int, int]:
 
 
 def case_name(curve: str, n: int) -> str:
-    """The name of one case in the results."""
+    """Return the name of a case in the results."""
     return f"{curve}/{n}"
 
 
 class Pass:
-    """A block's training pass over maps of n positions; the maps exist only while it is measured.
+    """The training pass of a block over maps of n positions; the maps exist only during a measurement.
 
     Args:
-        block: on the device that it is measured on.
-        n: positions.
-        batch_size: maps.
+        block: the block, on the device of the measurement.
+        n: number of positions of a map.
+        batch_size: number of maps.
     """
 
     def __init__(self, block: AttentionBlock, n: int, batch_size: int) -> None:
         self.block, self.n, self.batch_size = block.train(), n, batch_size
 
     def inputs(self, device: torch.device) -> Tensor:
-        """Random maps (B, C, H, W) that ask for a gradient, as a stage's output does."""
+        """Return random maps (B, C, H, W) that require a gradient, like the output of a stage."""
         shape = (self.batch_size, self.block.channels, *map_size(self.n))
         return torch.randn(shape, device=device, requires_grad=True)
 
     def sample(self) -> Sample:
-        """Seconds of a forward and a backward pass."""
+        """Measure the seconds of a forward and backward pass."""
         device = next(self.block.parameters()).device
         x = self.inputs(device)
         gradient = torch.randn_like(x)
@@ -174,13 +174,13 @@ class Pass:
         return {"seconds": taken}
 
     def forward_and_backward(self, x: Tensor, gradient: Tensor) -> None:
-        """The pass itself."""
+        """Run the pass."""
         self.block(x).backward(gradient)
 
     def count(self) -> dict[str, float]:
-        """Bytes a map: kept for the backward pass, and at most held at one time."""
+        """Measure the bytes per map that are kept for the backward pass, and the peak memory per map."""
         device = next(self.block.parameters()).device
-        # On a CPU both devices keep the same; only a GPU's kernels keep what a device without data cannot know.
+        # The meta device keeps the same tensors as a CPU. A GPU's kernels may keep others, so they must run.
         counted, place = (self.block, device) if device.type == "cuda" else (_on_meta(self.block), torch.device("meta"))
         kept = kept_bytes(counted, self.inputs(place))
         x = self.inputs(device)
@@ -195,7 +195,7 @@ def _on_meta(block: AttentionBlock) -> AttentionBlock:
 
 
 def explore(results: Results, passes: Mapping[str, Pass], positions: list[int], device: torch.device) -> None:
-    """Count every case's memory, from the smallest size up, and say which do not fit."""
+    """Measure the memory of every case, from the smallest size up, and leave out those that do not fit."""
     budget = total_memory(device) / 2
     limit = results.identity["settings"]["limit_seconds"]
     with tqdm(total=len(passes), desc="counting", unit="case") as progress:
@@ -209,7 +209,7 @@ def explore(results: Results, passes: Mapping[str, Pass], positions: list[int], 
                 reason = why_left_out(n, smaller, passes[name].batch_size, limit, budget)
                 if reason is None:
                     try:
-                        # Twice, for the very first may wait for what a library sets up once.
+                        # Twice, because the first pass may include the setup of a library.
                         first = min(passes[name].sample()["seconds"] for _ in range(2))
                         results.counts[name] = {"first_pass_seconds": first, **passes[name].count()}
                     except torch.OutOfMemoryError:
@@ -223,20 +223,20 @@ def explore(results: Results, passes: Mapping[str, Pass], positions: list[int], 
 def why_left_out(
     n: int, smaller: list[tuple[int, dict[str, Any]]], batch_size: int, limit: float, budget: float
 ) -> str | None:
-    """Why a case is not measured, going by the smaller sizes of its curve; None where it is."""
+    """Return the reason for leaving out a case, estimated from smaller sizes of its curve, or None to measure it."""
     for _, counts in smaller:
         if "left_out" in counts:
             return str(counts["left_out"])
     if not smaller:
         return None
 
-    def expected(what: str) -> float:
+    def expected(figure: str) -> float:
         size, last = smaller[-1]
         exponent = 1.0
         if len(smaller) > 1:
             before, counts = smaller[-2]
-            exponent = min(2.0, max(1.0, math.log(last[what] / counts[what]) / math.log(size / before)))
-        return float(last[what] * (n / size) ** exponent)
+            exponent = min(2.0, max(1.0, math.log(last[figure] / counts[figure]) / math.log(size / before)))
+        return float(last[figure] * (n / size) ** exponent)
 
     if expected("first_pass_seconds") > limit:
         return f"over {limit:g} s"
@@ -246,7 +246,7 @@ def why_left_out(
 
 
 def summarise(results: Results) -> dict[str, Any]:
-    """By curve the sizes that were measured, their costs, and the fitted exponents."""
+    """Return the measured sizes of each curve, their costs and the fitted exponents."""
     summary: dict[str, Any] = {}
     for curve in CURVES:
         counts = {n: results.counts[case_name(curve, n)] for n in results.identity["settings"]["positions"]}
@@ -255,8 +255,8 @@ def summarise(results: Results) -> dict[str, Any]:
         figures: dict[str, Any] = {"positions": sizes, "left_out": left_out}
         samples = {n: results.samples(case_name(curve, n), "seconds") for n in sizes}
         figures["seconds"] = [Statistic.of(samples[n]).__dict__ for n in sizes]
-        for what in ("kept_bytes", "peak_bytes"):
-            figures[what] = [counts[n][what] for n in sizes]
+        for figure in ("kept_bytes", "peak_bytes"):
+            figures[figure] = [counts[n][figure] for n in sizes]
         if len(sizes) > 1:
             large = sizes[-TIMED_SIZES:]
             fits = [fit_exponent(large, costs) for costs in zip(*(samples[n] for n in large), strict=True)]
@@ -271,10 +271,10 @@ def report(results: Results) -> None:
     """Write scale.md and scale.png."""
     positions = results.identity["settings"]["positions"]
 
-    def table(what: str, unit: float, exponent: str) -> str:
+    def table(figure: str, unit: float, exponent: str) -> str:
         lines = []
         for curve, figures in results.summary.items():
-            by_size = dict(zip(figures["positions"], figures[what], strict=True))
+            by_size = dict(zip(figures["positions"], figures[figure], strict=True))
             cells = [_cell(by_size[n], unit) if n in by_size else f"({figures['left_out'][str(n)]})" for n in positions]
             lines.append((CURVES[curve].label, *cells, _cell(figures.get(exponent), 1)))
         return tabulate(lines, ("block", *map(str, positions), "exponent"), tablefmt="github", disable_numparse=True)
@@ -282,13 +282,13 @@ def report(results: Results) -> None:
     tables = (
         f"Milliseconds of a training pass over n positions:\n\n{table('seconds', 1e-3, 'time_exponent')}",
         f"MB a map kept for the backward pass:\n\n{table('kept_bytes', 1e6, 'kept_exponent')}",
-        f"MB a map held at most:\n\n{table('peak_bytes', 1e6, 'peak_exponent')}",
+        f"Peak MB a map:\n\n{table('peak_bytes', 1e6, 'peak_exponent')}",
     )
     notes = (
         verdict(results.summary),
-        f"exponents of time and of the most held are fitted on the {TIMED_SIZES} largest sizes, that of kept memory on "
-        "all; ± is half the distance of the quartiles over the rounds",
-        "in brackets: not measured, for a pass would take or hold more than that",
+        f"the exponents of time and peak memory are fitted on the {TIMED_SIZES} largest sizes, that of kept memory on "
+        "all sizes; ± is half the interquartile range over the rounds",
+        "in brackets: not measured, because a pass would exceed that limit",
     )
     draw(results)
     write_report(results, "How a block's cost grows with the positions", "\n\n".join(tables), notes)
@@ -303,7 +303,7 @@ def _cell(value: Any, unit: float) -> str:
 
 
 def verdict(summary: Mapping[str, Any]) -> str:
-    """Whether CSALR grew linearly, and its largest exponents."""
+    """Return whether CSALR grew linearly, and its largest exponents, in words."""
     ours = [figures for curve, figures in summary.items() if curve.startswith("csalr") and "kept_exponent" in figures]
     if not ours:
         return "CSALR was measured at fewer than two sizes: no exponent"
@@ -314,16 +314,16 @@ def verdict(summary: Mapping[str, Any]) -> str:
 
 
 def draw(results: Results) -> None:
-    """Time, kept memory and the most held against n, both axes logarithmic."""
+    """Plot time, kept memory and peak memory against n, with logarithmic axes."""
     panels = (
         ("seconds", "time of a training pass, s"),
         ("kept_bytes", "kept for the backward pass, MB a map"),
-        ("peak_bytes", "held at most, MB a map"),
+        ("peak_bytes", "peak memory, MB a map"),
     )
     figure, axes = pyplot().subplots(1, len(panels), figsize=(15, 4.8), layout="constrained")
-    for axis, (what, title) in zip(axes, panels, strict=True):
+    for axis, (figure_name, title) in zip(axes, panels, strict=True):
         for curve, figures in results.summary.items():
-            values = [one["median"] if what == "seconds" else one / 1e6 for one in figures[what]]
+            values = [one["median"] if figure_name == "seconds" else one / 1e6 for one in figures[figure_name]]
             style = {"sa": "ks-", "csa": "k^:"}.get(curve, "o-" if curve.endswith("-2") else "o--")
             axis.plot(figures["positions"], values, style, label=CURVES[curve].label, markersize=4)
         positions = results.identity["settings"]["positions"]

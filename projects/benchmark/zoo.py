@@ -1,7 +1,7 @@
-"""The host's models beside the plugin's: size, operations, speed, and accuracy where weights are given.
+"""The models of torchreid beside the plugin's: size, operations, speed, and accuracy where weights are given.
 
 Every model embeds the same images in turn. With --root, -s and --weights the host's data manager and evaluator add mAP
-and rank-1. README.md in projects/benchmark says what each figure is.
+and rank-1. README.md in projects/benchmark explains each figure.
 """
 
 from __future__ import annotations
@@ -50,13 +50,13 @@ HOST_MODELS = (
     "mobilenetv2_x1_0",
 )
 MODELS = (*HOST_MODELS, *MODEL_NAMES)
-# HACNN is made for one size of image.
+# HACNN accepts one image size only.
 FIXED_SIZES = {"hacnn": (160, 64)}
 NUM_CLASSES = 751  # as Market-1501 has
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The study's flags."""
+    """Add the options of the study."""
     add_common_arguments(parser)
     parser.add_argument("--height", type=side_argument, default=256, metavar="N", help="image height (256; hacnn: 160)")
     parser.add_argument("--width", type=side_argument, default=128, metavar="N", help="image width (128; hacnn: 64)")
@@ -69,10 +69,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Measure what is missing in the folder, then write table and picture.
+    """Run the missing measurements, then write the table and the picture.
 
     Raises:
-        UserError: for a flag that cannot be used, before anything is measured.
+        UserError: an option cannot be used; this is checked before any measurement.
     """
     from csalr_plugin.hosts.torchreid import model_registry
 
@@ -115,7 +115,7 @@ def run(options: argparse.Namespace) -> None:
 
 
 def checkpoints(options: argparse.Namespace, names: Sequence[str]) -> dict[str, Path]:
-    """The checkpoint of each model that --weights names.
+    """Return the checkpoint of each model in --weights.
 
     Raises:
         UserError: for a word that is no MODEL=PATH, an unknown model, a missing file, or data that is not named.
@@ -143,12 +143,12 @@ def checkpoints(options: argparse.Namespace, names: Sequence[str]) -> dict[str, 
 
 
 def image_size(name: str, height: int, width: int) -> tuple[int, int]:
-    """Height and width that a model is measured at."""
+    """Return the image height and width for a model."""
     return FIXED_SIZES.get(name, (height, width))
 
 
 def build(name: str) -> nn.Module:
-    """A model of the host's registry, the plugin's among them, from random weights."""
+    """Build a model of torchreid's registry, which has the plugin's too, with random weights."""
     from csalr_plugin.hosts.torchreid import model_registry
 
     warnings.filterwarnings("ignore", module=r"torchreid\.")  # of functions that today's torch calls otherwise
@@ -157,12 +157,12 @@ def build(name: str) -> nn.Module:
 
 
 class Entry:
-    """A model with images of its size.
+    """A model and the size of its images.
 
     Args:
-        model: in eval mode, on the device that it is measured on.
-        size: height and width of its images.
-        batch_size: images of the batch.
+        model: the model in eval mode, on the device of the measurement.
+        size: height and width of the images.
+        batch_size: number of images in the batch.
     """
 
     def __init__(self, model: nn.Module, size: tuple[int, int], batch_size: int) -> None:
@@ -170,19 +170,19 @@ class Entry:
         self.device = next(model.parameters()).device
 
     def embed(self, images: Tensor) -> Tensor:
-        """Embeddings (B, width) of images (B, 3, H, W)."""
+        """Compute the embeddings (B, width) of images (B, 3, H, W)."""
         with torch.inference_mode():
             embeddings: Tensor = self.model(images)
         return embeddings
 
     def sample(self) -> Sample:
-        """Seconds of one image alone, and of the batch."""
+        """Measure the seconds for a single image and for the batch."""
         images = torch.randn(self.batch_size, 3, *self.size, device=self.device)
         one, many = (functools.partial(self.embed, part) for part in (images[:1], images))
         return {"latency_seconds": seconds(one, self.device), "batch_seconds": seconds(many, self.device)}
 
     def count(self) -> dict[str, Any]:
-        """What need not be repeated: parameters, operations, width of the embedding, bytes of a checkpoint."""
+        """Count parameters, operations, the width of the embedding and the bytes of a checkpoint."""
         file = io.BytesIO()
         torch.save(self.model.state_dict(), file)
         return {
@@ -195,7 +195,7 @@ class Entry:
 
 
 def evaluate(results: Results, options: argparse.Namespace, weights: dict[str, Path]) -> None:
-    """Add mAP and rank-1 of each checkpoint, through the host's data manager and evaluator.
+    """Add mAP and rank-1 of each checkpoint, by torchreid's data manager and evaluator.
 
     Raises:
         UserError: for data or weights that cannot be used.
@@ -218,7 +218,7 @@ def evaluate(results: Results, options: argparse.Namespace, weights: dict[str, P
 def accuracy(
     results: Results, options: argparse.Namespace, name: str, path: Path, targets: Sequence[str]
 ) -> dict[str, dict[str, float]]:
-    """mAP and rank-1, from 0 to 1, of one checkpoint on each target."""
+    """Return mAP and rank-1, from 0 to 1, of one checkpoint on each target."""
     from csalr_plugin.hosts.torchreid.config import default_config
     from csalr_plugin.hosts.torchreid.train import train
 
@@ -239,19 +239,21 @@ def accuracy(
         "use_gpu": options.device == "cuda",
     }
     config.merge_from_list([item for pair in overrides.items() for item in pair])
-    with contextlib.redirect_stdout(io.StringIO()):  # the host's words stand in the log below save_dir
+    with contextlib.redirect_stdout(io.StringIO()):  # the output is also in the log in save_dir
         found = train(config)
-    return {target: {what: float(figures[what]) for what in ("mAP", "rank-1")} for target, figures in found.items()}
+    return {
+        target: {figure: float(figures[figure]) for figure in ("mAP", "rank-1")} for target, figures in found.items()
+    }
 
 
 def summarise(results: Results) -> dict[str, Any]:
-    """By model what is in the table."""
+    """Return the numbers of the table for each model."""
     summary: dict[str, Any] = {}
     batch_size = results.identity["settings"]["batch_size"]
     for name in results.identity["settings"]["models"]:
         latency = Statistic.of(results.samples(name, "latency_seconds"))
         throughput = Statistic.of([batch_size / sample for sample in results.samples(name, "batch_seconds")])
-        counts = {what: value for what, value in results.counts[name].items() if what != "evaluated"}
+        counts = {figure: value for figure, value in results.counts[name].items() if figure != "evaluated"}
         summary[name] = {**counts, "latency_seconds": latency.__dict__, "images_per_second": throughput.__dict__}
     return summary
 
@@ -268,11 +270,11 @@ def report(results: Results) -> None:
         "latency (ms)",
         "images/s",
         "checkpoint (MB)",
-        *(f"{target} {what}" for target in targets for what in ("mAP", "rank-1")),
+        *(f"{target} {figure}" for target in targets for figure in ("mAP", "rank-1")),
     ]
     lines = []
     for name, row in results.summary.items():
-        latency, throughput = (Statistic(**row[what]) for what in ("latency_seconds", "images_per_second"))
+        latency, throughput = (Statistic(**row[figure]) for figure in ("latency_seconds", "images_per_second"))
         found = row.get("accuracy", {})
         lines.append(
             (
@@ -284,7 +286,11 @@ def report(results: Results) -> None:
                 str(Statistic(1e3 * latency.median, 1e3 * latency.spread)),
                 str(throughput),
                 f"{row['checkpoint_bytes'] / 1e6:.1f}",
-                *(f"{found[one][what]:.1%}" if one in found else "" for one in targets for what in ("mAP", "rank-1")),
+                *(
+                    f"{found[one][figure]:.1%}" if one in found else ""
+                    for one in targets
+                    for figure in ("mAP", "rank-1")
+                ),
             )
         )
     notes = (
@@ -299,7 +305,7 @@ def report(results: Results) -> None:
 
 
 def draw(results: Results, targets: Sequence[str]) -> None:
-    """Bars of each model's operations, latency and throughput, and of its mAP where there is any."""
+    """Plot bars of each model's operations, latency and throughput, and of its mAP if measured."""
     names = list(results.summary)
     panels: list[tuple[str, Callable[[Any], float]]] = [
         ("GMACs an image", lambda row: row["gmacs"]),

@@ -1,1 +1,1 @@
-"""Every table and figure of the paper: `csalr reproduce` and `csalr attention-maps`."""
+"""The tables and figures of the paper: `csalr reproduce` and `csalr attention-maps`."""

@@ -1,4 +1,4 @@
-"""The report of a study: our numbers beside the paper's, and nothing that was not run."""
+"""The report of a study: our numbers beside the paper's. Numbers of trainings that were not run stay empty."""
 
 from __future__ import annotations
 
@@ -39,10 +39,17 @@ img{max-width:100%}pre{background:#f5f5f5;padding:.8em;overflow-x:auto;font-size
 
 @dataclass(frozen=True)
 class Trained:
-    """A training that is planned, begun or done: what it is, how far it is, what came out.
+    """A training of the study: planned, begun or finished.
 
     Attributes:
-        results: mAP and ranks in per cent; None as long as it is not done.
+        name, dataset, seed: identify the training.
+        epochs: number of epochs to train.
+        done: number of epochs that are trained.
+        begun: whether the training was started.
+        about: the content of the file ``run.json``.
+        result: the content of the file ``result.json``; None until the training is finished.
+        curves: the metrics of each epoch.
+        evaluations: the metrics of each evaluation.
     """
 
     name: str
@@ -58,38 +65,38 @@ class Trained:
 
     @property
     def state(self) -> str:
-        """ "done", how far it is, or "not run"."""
+        """ "done", "epoch 3 of 10", or "not run"."""
         if self.result:
             return "done"
         return f"epoch {self.done} of {self.epochs}" if self.begun else "not run"
 
     def value(self, metric: str) -> float | None:
-        """A metric in per cent."""
+        """Return a metric in per cent, or None."""
         value = self.result["results"].get(metric) if self.result else None
         return None if value is None else 100 * float(value)
 
 
 @dataclass
 class Section:
-    """A part of the report, in the order that it is read: text, tables, pictures."""
+    """A section of the report: text, tables and pictures in order."""
 
     title: str
     parts: list[tuple[str, Any]] = field(default_factory=list)
 
     def text(self, text: str) -> None:
-        """A paragraph."""
+        """Append a paragraph."""
         self.parts.append(("text", text))
 
     def table(self, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
-        """A table of cells that are written as they stand."""
+        """Append a table; cells are written as they are."""
         self.parts.append(("table", (list(header), [[str(cell) for cell in row] for row in rows])))
 
     def code(self, text: str) -> None:
-        """Text as typed."""
+        """Append preformatted text."""
         self.parts.append(("code", text))
 
     def picture(self, name: str, figure: Figure) -> None:
-        """A figure, which is closed."""
+        """Append a figure and close it."""
         buffer = io.BytesIO()
         figure.savefig(buffer, dpi=110, format="png")
         plt.close(figure)
@@ -97,7 +104,7 @@ class Section:
 
 
 def write_report(out: Path) -> Path:
-    """Write ``report.md``, ``.html``, ``.json`` and ``.csv`` of the study in `out`; return the first's path.
+    """Write ``report.md``, ``.html``, ``.json`` and ``.csv`` of the study in `out`; return the path of the first.
 
     Raises:
         UserError: a file of the study is damaged.
@@ -122,7 +129,7 @@ def write_report(out: Path) -> Path:
 
 
 def collect(out: Path) -> list[Trained]:
-    """Every training that a study plans, by name and seed."""
+    """Return every training that a study plans, sorted by dataset, name and seed."""
     found = []
     for marker in sorted((out / "runs").glob(f"*/seed*/{RUN}")):
         folder, about = marker.parent, read_json(marker)
@@ -141,17 +148,18 @@ def _summary(out: Path, trained: Sequence[Trained], datasets: Sequence[str]) -> 
     finished = [run for run in trained if run.result]
     state = f"{len(finished)} of {len(trained)} trainings are done."
     if len(finished) < len(trained):
-        state += " **This report is of a study that is not finished.**"
+        state += " **This study is not finished.**"
     section.text(f"Preset `{preset}`. {state}")
     section.text(
-        "Accuracies in per cent. Of several seeds: mean ± standard deviation. *Difference* is ours minus the paper's, "
-        "*not run* is what nobody trained here, *epoch 3 of 10* what is not done, *quoted* a row that the paper quotes "
-        "from elsewhere."
+        "Accuracies are in per cent; several seeds are given as mean ± standard deviation. *Difference*: ours minus "
+        "the paper's. *Not run*: not trained here. *Epoch 3 of 10*: not finished. *Quoted*: the paper quotes this row from "
+        "elsewhere."
     )
     marked = [run for run in trained if run.about["deviations"]]
     if marked:
         section.text(
-            f"Marked `{MARK}`: **not with the paper's settings** (section 4.2), so no reproduction of its number."
+            f"Marked `{MARK}`: **trained with other settings than the paper's** (section 4.2), so its number is not "
+            "reproduced."
         )
         shared = [
             line for line in marked[0].about["deviations"] if all(line in run.about["deviations"] for run in marked)
@@ -160,7 +168,7 @@ def _summary(out: Path, trained: Sequence[Trained], datasets: Sequence[str]) -> 
         for run in marked:
             own = [line for line in run.about["deviations"] if line not in shared]
             lines += [(f"{run.name}, {run.dataset}", line) for line in own]
-        section.table(("of", "what is not the paper's"), dict.fromkeys(lines))
+        section.table(("training", "difference from the paper's settings"), dict.fromkeys(lines))
     left_out = [about["title"] for name, about in paper()["datasets"].items() if name not in datasets]
     if left_out:
         section.text(f"Not run at all: {', '.join(left_out)}.")
@@ -198,7 +206,7 @@ def _state(runs: Sequence[Trained]) -> str:
 
 
 def _cell(record: dict[str, Any]) -> str:
-    """Our number with its mark, or why there is none."""
+    """Return our number with its mark, or the reason why there is none."""
     if record["ours"] is None:
         return "-" if record["state"].endswith(("seed", "seeds")) else record["state"]
     spread = record["standard_deviation"]
@@ -249,7 +257,7 @@ def _gain(
     runs: Sequence[Trained],
     given: dict[str, float | None],
 ) -> list[str] | None:
-    """What attention gains over the row's baseline, ours beside the paper's; None where either is not trained."""
+    """Return the gain of a row over its baseline, ours beside the paper's; None if either is not trained."""
     before = [run for run in trained if run.name == row["baseline"] and run.dataset == dataset and run.result]
     runs = [run for run in runs if run.result]
     if not before or not runs:
@@ -266,7 +274,7 @@ def _gain(
 
 
 def _costs(out: Path) -> tuple[Section, list[dict[str, Any]]]:
-    """Table 5, from what ``csalr bench cost`` left in the study's folder."""
+    """Return the section and records of Table 5, from the results of ``csalr bench cost`` in the study's folder."""
     table = paper()["costs"]
     section, records, rows = Section(table["title"]), [], []
     path = out / COST
@@ -301,8 +309,8 @@ def _costs(out: Path) -> tuple[Section, list[dict[str, Any]]]:
         )
         section.text(
             f"Marked `{MARK}`: measured with {settings}, on {_plain(measured['machine'])}; the paper names neither its "
-            "device nor its batch size. Memory is what the forward pass keeps for the backward pass, speed that of "
-            "embedding."
+            "device nor its batch size. Memory: bytes that the forward pass keeps for the backward pass. Speed: "
+            "embedding at test time."
         )
     return section, records
 
@@ -322,21 +330,21 @@ def _figure4(out: Path) -> Section:
         about = read_json(path)
         pictures = ", ".join(f"`{one.relative_to(out).as_posix()}`" for one in sorted(path.parent.glob("*.png")))
         section.text(
-            f"`{about['model']}` on `{path.parent.parent.name}`: {pictures}. They show people: not copied here."
+            f"`{about['model']}` on `{path.parent.parent.name}`: {pictures}. They show people and are not copied here."
         )
         section.text(
-            f"How far the factors' map is from the full map, over {about['images']} queries: relative Frobenius error, "
-            "and how often the most attended patch is the same. *pooled keys* is a control: the landmarks' keys alone."
+            f"Error of the factors' map, over {about['images']} queries: relative Frobenius error from the full map, "
+            "and how often the most attended patch is the same. The control *pooled keys* uses the landmarks' keys alone."
         )
         section.table(*reconstruction_table(about["rows"]))
     return section
 
 
 def _curves(trained: Sequence[Trained]) -> Section:
-    """Losses an epoch and mAP an evaluation, a picture for each dataset and table."""
+    """Plot the losses per epoch and the mAP per evaluation, one picture per dataset and table."""
     section = Section("Learning curves")
     if len({run.seed for run in trained}) > 1:
-        section.text("A line is one seed; of each training the first is the darkest.")
+        section.text("Each line is one seed; the first seed of a training is darkest.")
     drawn: set[tuple[str, ...]] = set()
     for table, about in paper()["tables"].items():
         names = dict.fromkeys(row["run"] for row in about["rows"] if "run" in row)
@@ -351,7 +359,7 @@ def _curves(trained: Sequence[Trained]) -> Section:
 
 
 def _branches(line: dict[str, Any]) -> list[float]:
-    """The losses of the supervision branches."""
+    """Return the losses of the supervision branches."""
     return [value for name, value in line.items() if name.startswith("L_DS")]
 
 
@@ -382,7 +390,7 @@ def _draw_curves(title: str, runs: Sequence[Trained]) -> Figure:
 
 @functools.cache
 def _cost(settings: str) -> tuple[float, float]:
-    """GMACs of an image and millions of parameters of the network that a training's settings describe."""
+    """Return the GMACs per image and the millions of parameters of the network of a training's settings."""
     import torch
 
     from csalr_plugin.models import build_model
@@ -420,12 +428,12 @@ def _cost_against_accuracy(trained: Sequence[Trained]) -> Section:
         section.picture(f"cost-{dataset}", figure)
         section.table(("", "GMACs an image", "parameters (M)", "mAP"), rows)
     if section.parts:
-        section.text("A marker's area is the number of parameters, those that only training needs included.")
+        section.text("The area of a marker is the number of parameters, including those that only training needs.")
     return section
 
 
 def _trainings(trained: Sequence[Trained]) -> Section:
-    """What each training came to, with what, and the command that does it again."""
+    """List the state and final metrics of each training, its versions and machine, and its command."""
     section = Section("Trainings")
     if not trained:
         return section
@@ -442,15 +450,15 @@ def _trainings(trained: Sequence[Trained]) -> Section:
     finished = [run for run in trained if run.result]
     versions = dict.fromkeys(_plain(run.result["versions"]) for run in finished if run.result)
     machines = dict.fromkeys(_plain(run.result["machine"]) for run in finished if run.result)
-    section.text("Versions: " + ("; ".join(versions) or "no training is done"))
-    section.text("Machine: " + ("; ".join(machines) or "no training is done"))
-    section.text("Each training alone:")
+    section.text("Versions: " + ("; ".join(versions) or "no training is finished"))
+    section.text("Machine: " + ("; ".join(machines) or "no training is finished"))
+    section.text("Commands of the single trainings:")
     section.code("\n".join(run.about["command"] for run in trained))
     settings = trained[0].about["settings"]
     same = {
         key: value for key, value in settings.items() if all(run.about["settings"].get(key) == value for run in trained)
     }
-    section.text("Settings that all of them share:")
+    section.text("Settings that all trainings share:")
     section.code("\n".join(f"{key}: {value}" for key, value in same.items()))
     return section
 
@@ -495,7 +503,7 @@ def _html_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def _inline(text: str) -> str:
-    """Markdown's bold, italics and code as HTML, as far as this report uses them."""
+    """Convert Markdown's bold, italics and code, as used in this report, to HTML."""
     text = html.escape(text)
     text = re.sub(r"`(.+?)`", r"<code>\1</code>", text)
     text = re.sub(r"\*\*(.+?)\*\*", r"<b>\1</b>", text)

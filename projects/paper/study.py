@@ -1,4 +1,4 @@
-"""The command `csalr reproduce`: trains, measures and reports what the tables and figures of the paper need."""
+"""The command `csalr reproduce`: runs the trainings and measurements of the paper's tables, and reports them."""
 
 from __future__ import annotations
 
