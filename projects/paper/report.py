@@ -152,8 +152,8 @@ def _summary(out: Path, trained: Sequence[Trained], datasets: Sequence[str]) -> 
     section.text(f"Preset `{preset}`. {state}")
     section.text(
         "Accuracies are in per cent; several seeds are given as mean ± standard deviation. *Difference*: ours minus "
-        "the paper's. *Not run*: not trained here. *Epoch 3 of 10*: not finished. *Quoted*: the paper quotes this row from "
-        "elsewhere."
+        "the paper's. *Not run*: not trained here. *Epoch 3 of 10*: not finished. *Quoted*: the paper quotes this row "
+        "from elsewhere."
     )
     marked = [run for run in trained if run.about["deviations"]]
     if marked:
@@ -334,7 +334,7 @@ def _figure4(out: Path) -> Section:
         )
         section.text(
             f"Error of the factors' map, over {about['images']} queries: relative Frobenius error from the full map, "
-            "and how often the most attended patch is the same. The control *pooled keys* uses the landmarks' keys alone."
+            "and how often the most attended patch is the same. The control *pooled keys* uses only the landmarks' keys."
         )
         section.table(*reconstruction_table(about["rows"]))
     return section
