@@ -1,4 +1,4 @@
-"""Fixtures shared by all tests: a tiny data set, and one thread a process: tests run side by side.
+"""Fixtures of all tests: a tiny data set, the default settings, and one thread per process, for parallel tests.
 
 With TORCHREID_REPO or FASTREID_REPO, the paths of checkouts of the hosts' repositories, all tests run against those.
 """
@@ -22,7 +22,7 @@ for repository in filter(None, map(os.environ.get, ("TORCHREID_REPO", "FASTREID_
 
 @pytest.fixture(scope="session")
 def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A root with the smallest demo data: enough to train a batch or two an epoch."""
+    """A data root with the smallest demo data: enough for one or two batches per epoch."""
     from csalr_plugin.demo_data import make_demo_data
 
     return make_demo_data(tmp_path_factory.mktemp("tiny") / "data", train_identities=4, test_identities=3)

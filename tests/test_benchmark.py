@@ -1,4 +1,4 @@
-"""`csalr bench`: what it counts, what it refuses, that it goes on, and each study from end to end."""
+"""`csalr bench`: its counts, its statistics, invalid arguments, continuing, and each study from end to end."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ ZOO = ["bench", "zoo", "--quick", "--height", "64", "--width", "32", "--batch-si
 
 @pytest.fixture(autouse=True)
 def settings_of_torch() -> Iterator[None]:
-    """A study pins threads and lets cuDNN search, for its process."""
+    """Restore the global settings that a study changes."""
     threads, search = torch.get_num_threads(), torch.backends.cudnn.benchmark
     yield
     torch.set_num_threads(threads)
@@ -40,7 +40,7 @@ def results_of(folder: Path, study: str) -> dict[str, Any]:
 
 
 class Chain(nn.Module):
-    """Keeps x A of (B, 4) for A's gradient, and its ReLU's output for both the ReLU and the next product."""
+    """Keeps the output of its ReLU, once for the gradient of the ReLU and of the second layer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -67,16 +67,16 @@ class SavesItsSquare(torch.autograd.Function):
 
 class KeepsOneOfTwo(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        SavesItsSquare.apply(x)  # let go at once, with what it saved
+        SavesItsSquare.apply(x)  # freed at once, with its saved tensor
         return SavesItsSquare.apply(x)
 
 
-def test_kept_bytes_counts_what_a_custom_function_saves_and_not_what_is_let_go_before_the_end() -> None:
+def test_kept_bytes_counts_tensors_saved_by_a_custom_function_unless_they_are_freed() -> None:
     assert kept_bytes(KeepsOneOfTwo(), torch.ones(10, requires_grad=True)) == 40
 
 
 @pytest.mark.parametrize("name", ["pcb", "pcb_sa", "pcb_csalr"])
-def test_kept_bytes_without_data_are_those_of_a_cpu_and_the_model_stays_as_it_is(name: str) -> None:
+def test_kept_bytes_on_the_meta_device_equal_those_on_a_cpu_and_the_model_does_not_change(name: str) -> None:
     model = build_model(name, 5, pretrained=False).eval()
     before = {key: value.clone() for key, value in model.state_dict().items()}
     state = torch.get_rng_state()
@@ -90,7 +90,7 @@ def test_kept_bytes_without_data_are_those_of_a_cpu_and_the_model_stays_as_it_is
 
 @pytest.fixture(scope="module")
 def pcb_cost() -> tuple[float, float]:
-    """Kept bytes and GMACs an image of PCB at 384x128."""
+    """Return the kept bytes and the GMACs per image of PCB at 384x128."""
     return cost_of("pcb")
 
 
@@ -115,7 +115,7 @@ def test_pcb_keeps_95_mb_an_image_and_takes_6_08_gmacs_at_384x128(pcb_cost: tupl
         ("pcb_sa", 1, 0.30, 0.72),
     ],
 )
-def test_attention_adds_no_more_memory_and_operations_to_pcb_than_this_share(
+def test_attention_adds_at_most_this_fraction_to_the_memory_and_operations_of_pcb(
     name: str, groups: int, kept: float, gmacs: float, pcb_cost: tuple[float, float]
 ) -> None:
     kept_of_model, operations = cost_of(name, groups)
@@ -130,7 +130,7 @@ def test_csalr_keeps_memory_that_grows_linearly_with_the_positions() -> None:
     assert 0.8 < harness.fit_exponent([192, 3072, 49152], kept) <= scale.LINEAR
 
 
-def test_an_inverse_counts_as_its_multiplications() -> None:
+def test_an_inverse_counts_m_cubed_multiplications() -> None:
     class Inverts(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -142,7 +142,7 @@ def test_an_inverse_counts_as_its_multiplications() -> None:
     assert count_gmacs(Inverts(), 8, 8) == pytest.approx(5 * 30**3 / 1e9)
 
 
-def test_peak_bytes_are_the_most_held_at_one_time() -> None:
+def test_peak_bytes_are_the_largest_sum_of_live_allocations() -> None:
     def action() -> None:
         first = torch.empty(1_000_000, dtype=torch.uint8)
         del first
@@ -158,14 +158,14 @@ def test_the_fitted_exponent_is_that_of_a_power_law(power: float) -> None:
     assert harness.fit_exponent(sizes, [5e-6 * n**power for n in sizes]) == pytest.approx(power)
 
 
-def test_a_change_is_that_of_each_round_so_that_a_drift_of_the_machine_cancels() -> None:
+def test_changes_are_taken_within_a_round_so_that_a_drift_of_the_machine_cancels() -> None:
     baseline = [1.0, 2.0, 4.0, 1.5, 3.0]
     found = harness.change([0.9 * one for one in baseline], baseline)
     assert (found.median, found.spread) == (pytest.approx(-0.1), pytest.approx(0.0, abs=1e-12))
     assert harness.as_percent(found) == "-10.0%"
 
 
-def test_a_change_whose_spread_is_larger_than_itself_is_not_printed() -> None:
+def test_a_change_smaller_than_its_spread_is_not_printed() -> None:
     assert harness.as_percent(harness.Statistic(median=-0.02, spread=0.03)) == harness.TOO_LARGE
     assert harness.as_percent(harness.Statistic(median=-0.04, spread=0.03)) == "-4.0%"
 
@@ -212,9 +212,7 @@ def test_bench_cost_measures_every_row_and_writes_json_table_and_picture(tmp_pat
     assert (tmp_path / "cost.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_study_that_was_interrupted_goes_on_with_the_samples_that_it_has(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_interrupted_study_continues_with_its_samples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     command = [*SCALE, "--out", str(tmp_path), "--repeats", "3"]
     sample, cases, taken = scale.Pass.sample, 2 * len(scale.CURVES), 0
 
@@ -234,7 +232,7 @@ def test_a_study_that_was_interrupted_goes_on_with_the_samples_that_it_has(
     assert len(after["rounds"]) == 3 and after["rounds"][:1] == before["rounds"] and after["counts"] == before["counts"]
     done = taken
     assert main(command) == 0
-    assert taken == done and results_of(tmp_path, "scale") == after  # all is there: nothing is measured again
+    assert taken == done and results_of(tmp_path, "scale") == after  # complete: nothing is measured again
 
 
 def test_samples_of_other_settings_or_another_machine_never_mix(
@@ -255,9 +253,7 @@ def test_samples_of_other_settings_or_another_machine_never_mix(
     assert "is damaged" in capsys.readouterr().err
 
 
-def test_samples_know_the_compiled_passes_that_they_were_measured_with(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_digest_of_the_code_includes_the_compiled_passes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(harness.csalr_plugin, "__file__", str(tmp_path / "__init__.py"))
     source = tmp_path / "attention" / "positions.cpp"
     source.parent.mkdir()
@@ -274,13 +270,13 @@ def test_bench_scale_fits_an_exponent_to_every_block(tmp_path: Path) -> None:
     assert set(results["summary"]) == set(scale.CURVES)
     for curve, figures in results["summary"].items():
         assert figures["positions"] == [192, 768], curve
-        # CSALR may keep nothing that grows.
+        # CSALR may keep only tensors of constant size.
         assert -0.1 < figures["kept_exponent"] <= scale.LINEAR and figures["time_exponent"]["median"] > -1, curve
     assert "CSALR's largest exponents" in (tmp_path / "scale.md").read_text()
     assert (tmp_path / "scale.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_size_that_would_take_too_long_or_too_much_is_left_out_with_all_larger_ones() -> None:
+def test_a_size_beyond_the_limits_of_time_or_memory_is_left_out_with_all_larger_ones() -> None:
     def counts(seconds: float, peak: float) -> dict[str, Any]:
         return {"first_pass_seconds": seconds, "peak_bytes": peak}
 
@@ -362,21 +358,19 @@ def test_every_mistake_is_one_line_that_names_it(
     assert named in message and message.count("\n") == 1 and "Traceback" not in message
 
 
-def test_a_folder_that_cannot_be_written_is_told_in_one_line(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_folder_that_cannot_be_written_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "file").touch()
     assert main([*COST, "--out", str(tmp_path / "file")]) == 2
     assert "cannot be written" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_a_gpu_that_is_not_there_is_told_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_missing_gpu_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*COST, "--out", str(tmp_path), "--device", "cuda"]) == 2
     assert "sees no CUDA device" in capsys.readouterr().err
 
 
-def test_without_nystrom_attention_its_row_is_left_out_and_the_line_says_how_to_install_it(
+def test_without_nystrom_attention_its_row_is_left_out_and_a_line_names_the_extra(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(cost, "nystrom_is_installed", lambda: False)

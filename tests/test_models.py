@@ -1,4 +1,4 @@
-"""The eight architectures: what they return, what they share with the host's PCB, and what they refuse."""
+"""The eight architectures: their outputs, their layers in common with torchreid's PCB, and invalid settings."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ EMBEDDING = 6 * 2048
 
 
 def build(name: str, *, seed: int = 0, **options: Any) -> PCB:
-    """A model with random weights."""
+    """Build a model with random weights."""
     torch.manual_seed(seed)
     return build_model(name, IDENTITIES, pretrained=False, **{**SMALL, **options})
 
 
 def sketch(name: str, **options: Any) -> PCB:
-    """A model without memory for its weights: quick, for what does not depend on them."""
+    """Build a model on the meta device: fast, for tests that do not depend on the weights."""
     with torch.device("meta"):
         return build(name, **options)
 
@@ -49,14 +49,14 @@ def embed(model: nn.Module, x: Tensor) -> Tensor:
 
 @pytest.fixture(scope="module")
 def csalr() -> PCB:
-    """One pcb_csalr with open gates; the tests that share it leave its weights alone."""
+    """A pcb_csalr with open gates, shared by tests that do not change its weights."""
     model = build("pcb_csalr")
     for block in model.attention.values():
         nn.init.constant_(block.alpha, 0.3)
     return model
 
 
-# What a model returns
+# Outputs
 
 
 def test_the_eight_models_build_without_importing_a_host() -> None:
@@ -78,7 +78,7 @@ def test_there_are_eight_names() -> None:
 
 
 @pytest.mark.parametrize("name", MODEL_NAMES)
-def test_training_gives_six_part_logits_and_one_branch_a_stage(name: str) -> None:
+def test_training_gives_the_logits_of_six_parts_and_of_one_branch_per_stage(name: str) -> None:
     outputs = sketch(name).train()(torch.empty(2, 3, 96, 48, device="meta"))
     assert isinstance(outputs, list)
     assert [tuple(logits.shape) for logits in outputs] == [(2, IDENTITIES)] * (9 if name in ATTENDED else 6)
@@ -86,7 +86,7 @@ def test_training_gives_six_part_logits_and_one_branch_a_stage(name: str) -> Non
 
 def test_training_logits_are_the_parts_in_order_then_the_branches_in_order_of_the_stages() -> None:
     model = build("pcb_csalr", stages=(3, 1)).train()
-    with torch.no_grad():  # each linear layer tells its own number
+    with torch.no_grad():  # each linear layer returns its own number
         for part, linear in enumerate(model.classifier):
             linear.weight.zero_()
             linear.bias.fill_(part)
@@ -118,7 +118,7 @@ def test_evaluation_gives_an_embedding_of_12288_for_any_loss(name: str, loss: st
 def test_each_of_the_six_parts_of_an_embedding_has_unit_length(name: str, csalr: PCB) -> None:
     embedding = embed(csalr if name == "pcb_csalr" else build(name), images())
     assert embedding.isfinite().all()
-    # As in the host's PCB a channel's six parts lie side by side.
+    # The six parts of a channel are adjacent, as in torchreid's PCB.
     torch.testing.assert_close(embedding.view(2, 2048, 6).norm(dim=1), torch.ones(2, 6))
 
 
@@ -126,7 +126,7 @@ def test_an_embedding_is_the_means_of_six_stripes_of_the_last_feature_map(csalr:
     csalr.eval()
     with torch.no_grad():
         features, embedding = csalr(images(), return_featuremaps=True), csalr(images())
-    assert features.shape == (2, 2048, 6, 3)  # six rows: a stripe each
+    assert features.shape == (2, 2048, 6, 3)  # six rows: one per stripe
     stripes = [features[:, :, row].mean(2) for row in range(6)]
     wanted = torch.stack([stripe / stripe.norm(dim=1, keepdim=True) for stripe in stripes], dim=2)
     torch.testing.assert_close(embedding.view(2, 2048, 6), wanted)
@@ -134,7 +134,7 @@ def test_an_embedding_is_the_means_of_six_stripes_of_the_last_feature_map(csalr:
 
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("size", [(384, 128), (96, 48), (64, 32)], ids=str)
-def test_return_featuremaps_gives_the_last_map_at_a_sixteenth_of_the_image(
+def test_return_featuremaps_gives_the_last_map_at_one_sixteenth_of_the_image_size(
     size: tuple[int, int], training: bool
 ) -> None:
     model = sketch("pcb_csa").train(training)
@@ -154,7 +154,7 @@ def test_every_parameter_of_a_training_model_gets_a_finite_gradient(name: str) -
 
 
 def test_a_branch_is_stage_output_times_attention_averaged_then_one_linear_layer(csalr: PCB) -> None:
-    """Of the attention before gate and residual (section 3.3)."""
+    """The attention output is that before gate and residual (section 3.3)."""
     seen: dict[str, Tensor] = {}
     branch = csalr.supervision["stage1"]
     hooks = [
@@ -181,7 +181,7 @@ def test_a_branch_is_stage_output_times_attention_averaged_then_one_linear_layer
     torch.testing.assert_close(seen["logits"], wanted, rtol=1e-3, atol=1e-4)
 
 
-# Shut gates, and the host's PCB
+# Closed gates, and torchreid's PCB
 
 
 @pytest.mark.parametrize("head", ["pcb", "pcb_rpp"])
@@ -198,7 +198,7 @@ def test_with_alpha_0_every_attention_equals_its_baseline_exactly(head: str) -> 
         assert left.unexpected_keys == []
         assert {key.split(".")[0] for key in left.missing_keys} == {"attention", "supervision"}
         assert torch.equal(embed(model, x), wanted)
-        torch.manual_seed(5)  # of dropout
+        torch.manual_seed(5)  # for dropout
         with torch.no_grad():
             logits = model.train()(x)
         assert all(torch.equal(got, want) for got, want in zip(logits[:6], wanted_logits, strict=True))
@@ -212,7 +212,7 @@ def test_an_open_gate_changes_the_embedding(csalr: PCB) -> None:
 
 @dataclass
 class HostPCB:
-    """The host's PCB of six parts: its weights, a checkpoint of them, its children, and what it gives."""
+    """torchreid's PCB with six parts: its weights, a checkpoint, its children and an embedding."""
 
     weights: dict[str, Tensor]
     checkpoint: Path
@@ -251,7 +251,7 @@ def test_shared_layers_have_the_names_and_shapes_of_the_hosts_pcb(host: HostPCB)
 
 
 @pytest.mark.parametrize("name", MODEL_NAMES)
-def test_no_parameter_hangs_on_the_model_itself(name: str) -> None:
+def test_every_parameter_belongs_to_a_child(name: str) -> None:
     assert dict(sketch(name).named_parameters(recurse=False)) == {}
 
 
@@ -288,10 +288,10 @@ def test_equal_weights_of_all_parts_make_each_part_the_global_mean() -> None:
     torch.testing.assert_close(pooled, features.mean((2, 3))[..., None, None].expand_as(pooled))
 
 
-def test_weights_that_are_the_stripes_make_refined_pooling_equal_that_of_pcb() -> None:
+def test_refined_pooling_with_stripes_as_weights_equals_pcb() -> None:
     model = build("pcb_rpp")
     features = torch.randn(2, 2048, 12, 3, generator=torch.Generator().manual_seed(4))
-    features[:, :6] = 0  # six channels that name the stripe
+    features[:, :6] = 0  # six channels that mark the stripe
     for stripe in range(6):
         features[:, stripe, 2 * stripe : 2 * stripe + 2] = 1
     with torch.no_grad():
@@ -304,7 +304,7 @@ def test_weights_that_are_the_stripes_make_refined_pooling_equal_that_of_pcb() -
     torch.testing.assert_close(refined, stripes)
 
 
-def test_the_phase_of_refining_is_saved_and_restored(tmp_path: Path) -> None:
+def test_the_attribute_refining_is_saved_and_restored(tmp_path: Path) -> None:
     model = build("pcb_rpp")
     assert isinstance(model, RefinedPCB)
     for refining in (True, False):
@@ -348,7 +348,7 @@ def test_defaults_are_those_of_the_paper() -> None:
         assert (block.value.in_channels, block.query.out_channels) == (channels, channels // 4)
 
 
-def test_sa_has_one_group_whatever_is_asked_for() -> None:
+def test_sa_has_one_group_for_any_setting() -> None:
     block = sketch("pcb_sa", groups=4).attention["stage1"]
     assert block.groups == 1 and not hasattr(block, "fuse")
 
@@ -368,12 +368,12 @@ def test_stages_outside_1_to_4_or_repeated_or_none_are_refused(name: str, stages
 
 
 @pytest.mark.parametrize("stages", [1, (1.0, 2), (True,)], ids=repr)
-def test_stages_that_are_no_integers_are_refused(stages: Any) -> None:
+def test_stages_that_are_not_integers_are_refused(stages: Any) -> None:
     assert refusal(stages=stages).startswith(f"stages {stages!r}")
 
 
 @pytest.mark.parametrize("options", [{"groups": 3}, {"landmarks": (0, 8)}, {"key_ratio": 2}], ids=str)
-def test_settings_that_no_block_can_have_are_refused(options: dict[str, Any]) -> None:
+def test_invalid_settings_of_blocks_are_refused(options: dict[str, Any]) -> None:
     ((key, value),) = options.items()
     assert refusal(**options).startswith(f"{key} {value!r}")
 

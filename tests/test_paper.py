@@ -1,4 +1,4 @@
-"""The study of the paper: its rows, its runs, its report, its maps."""
+"""The study of the paper: rows, trainings, report and attention maps."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from csalr_plugin.projects.paper import plan
 from csalr_plugin.projects.paper.folder import COST, RESULT, RUN, STUDY, epochs_done
 from csalr_plugin.version import __version__
 
-# Typed from the paper: Table 1, R-1 R-5 R-10 mAP on Market-1501, DukeMTMC-reID, CUHK03-NP; _ where it has none.
+# Copied from the paper: Table 1, R-1 R-5 R-10 mAP on Market-1501, DukeMTMC-reID, CUHK03-NP; _ is a missing number.
 TABLE1 = """
 DuATM           91.4 97.1 _ 76.6       81.8 90.1 _ 64.6       _ _ _ _
 Mancs           93.1 _ _ 82.3          84.9 _ _ 71.8          65.5 _ _ 60.5
@@ -64,7 +64,7 @@ def numbers(words: list[str]) -> list[float | None]:
 
 
 def refusal(capsys: pytest.CaptureFixture[str], *words: Any) -> str:
-    """The one line that the command refuses `words` with."""
+    """Return the error of a command, which must be one line."""
     capsys.readouterr()
     assert main([str(word) for word in words]) == 2
     said = capsys.readouterr().err.splitlines()
@@ -79,7 +79,7 @@ def cells(out: Path) -> dict[tuple[str, str, str, str], dict[str, Any]]:
     return {(one["table"], one["row"], one["dataset"], one["metric"]): one for one in found}
 
 
-def test_table_1_s_rows_hold_every_number_of_the_paper() -> None:
+def test_the_rows_of_table_1_hold_every_number_of_the_paper() -> None:
     rows = plan.paper()["tables"]["table1"]["rows"]
     typed = [re.split(r"\s{2,}|(?<=[A-Za-z])\s(?=[\d_])", line, maxsplit=1) for line in TABLE1.strip().splitlines()]
     assert [row["name"] for row in rows] == [name for name, _ in typed]
@@ -100,11 +100,11 @@ def test_the_rows_of_tables_2_to_4_hold_every_number_of_the_paper_and_the_settin
         assert row["market1501"] + row["dukemtmcreid"] == numbers(values)
 
 
-def test_table_5_s_rows_hold_every_number_of_the_paper() -> None:
+def test_the_rows_of_table_5_hold_every_number_of_the_paper() -> None:
     assert tuple(tuple(row["paper"]) for row in plan.paper()["costs"]["rows"]) == TABLE5
 
 
-def test_the_full_preset_is_the_paper_s_settings_and_deviates_in_nothing_on_the_paper_s_data(
+def test_the_full_preset_has_the_settings_of_the_paper_and_no_deviations_on_its_data(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     counts = {"identities": 751, "training": 12936, "query": 3368, "gallery": 15913}
@@ -131,7 +131,7 @@ def test_all_tables_share_their_runs() -> None:
     assert plan.run_names("table4") == ("pcb", "pcb_csalr-stage-1", "pcb_csalr-stages-2-3", "pcb_csalr")
 
 
-def test_the_smoke_of_every_table_ends_in_a_report_that_marks_each_number_and_fills_in_nothing(tmp_path: Path) -> None:
+def test_the_smoke_preset_ends_in_a_report_that_marks_each_number_and_invents_none(tmp_path: Path) -> None:
     out = tmp_path / "study"
     assert main(["reproduce", "all", "--preset", "smoke", "--out", str(out), *TINY]) == 0
     found = cells(out)
@@ -154,7 +154,7 @@ def test_the_smoke_of_every_table_ends_in_a_report_that_marks_each_number_and_fi
     rows = list(csv.DictReader((out / "report.csv").open()))
     assert len(rows) == len(found)
 
-    # Half of it: what is not there is not filled in.
+    # Remove half of the results: the report leaves these cells empty.
     (out / "runs/market1501-pcb_sa/seed1/result.json").unlink()
     next(out.glob("runs/market1501-pcb_sa/seed1/model/*")).rename(
         out / "runs/market1501-pcb_sa/seed1/model/model.pth.tar-1"
@@ -169,13 +169,11 @@ def test_the_smoke_of_every_table_ends_in_a_report_that_marks_each_number_and_fi
         assert re.search(rf"\| {re.escape(row)} +\| {state}", text)
     assert half["table1", "PCB", "market1501", "mAP"] == found["table1", "PCB", "market1501", "mAP"]
     assert "14 of 15 trainings are done" in text
-    for checkpoint in tmp_path.rglob("model.pth.tar-*"):  # gigabytes
+    for checkpoint in tmp_path.rglob("model.pth.tar-*"):  # they take gigabytes
         checkpoint.unlink()
 
 
-def test_a_study_killed_in_the_middle_of_a_row_ends_with_the_table_of_an_undisturbed_one(
-    tiny_data: Path, tmp_path: Path
-) -> None:
+def test_a_killed_study_continues_to_the_same_table_as_an_undisturbed_one(tiny_data: Path, tmp_path: Path) -> None:
     def words(out: Path) -> list[str]:
         given = ["reproduce", "table4", "--only", "pcb_csalr-stage-1", "--preset", "smoke", "--root", str(tiny_data)]
         return [*given, "--out", str(out), *TINY]
@@ -194,19 +192,19 @@ def test_a_study_killed_in_the_middle_of_a_row_ends_with_the_table_of_an_undistu
     assert main(words(undisturbed)) == 0
     assert cells(killed) == cells(undisturbed)
     assert "Resumed from" in (folder / "console.log").read_text()
-    # Killed between its last epoch and its results, it is evaluated from its last checkpoint.
+    # A training that was killed between its last epoch and its results is evaluated from its last checkpoint.
     (folder / "result.json").unlink()
     (folder / "results_market1501.json").unlink()
     assert main(words(killed)) == 0
     assert cells(killed) == cells(undisturbed)
     assert [path.name for path in (folder / "model").iterdir()] == ["model.pth.tar-2"]
-    # What is done is not trained again.
+    # Finished trainings are not repeated.
     before = {path: path.stat().st_mtime_ns for path in (killed / "runs").rglob("*")}
     assert main(words(killed)) == 0
     assert before == {path: path.stat().st_mtime_ns for path in (killed / "runs").rglob("*")}
 
 
-def test_dry_run_prints_commands_that_are_accepted_alone(
+def test_dry_run_prints_valid_training_commands(
     tiny_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     import shlex
@@ -224,7 +222,7 @@ def test_dry_run_prints_commands_that_are_accepted_alone(
     assert all(config.csalr.amp == "none" and config.data.height == 128 for config in configs)
 
 
-def test_several_seeds_give_mean_and_standard_deviation_and_say_what_is_not_done(tmp_path: Path) -> None:
+def test_several_seeds_give_mean_standard_deviation_and_the_state_of_each(tmp_path: Path) -> None:
     out = tmp_path / "study"
     counts = {"identities": 751, "training": 12936, "query": 3368, "gallery": 15913}
     for seed, score in ((1, 0.5), (2, 0.6), (3, None)):
@@ -248,7 +246,7 @@ def test_several_seeds_give_mean_and_standard_deviation_and_say_what_is_not_done
 
 @pytest.fixture
 def begun(tiny_data: Path, tmp_path: Path) -> Iterator[tuple[Path, list[str]]]:
-    """A study's folder with a training in it, and the words that go on with it; it stays as it is."""
+    """A study's folder with a training in it, and the arguments that continue it; tests must not change its files."""
     out = tmp_path / "study"
     options = plan.Options("table1", out, tiny_data, preset="smoke", only=("pcb",))
     (run,) = plan.plan(options)
@@ -265,7 +263,7 @@ def begun(tiny_data: Path, tmp_path: Path) -> Iterator[tuple[Path, list[str]]]:
     assert after.items() >= {key: value for key, value in before.items() if key.name != STUDY}.items()
 
 
-def test_a_folder_of_another_version_is_left_alone(
+def test_a_folder_of_another_version_is_refused(
     begun: tuple[Path, list[str]], capsys: pytest.CaptureFixture[str]
 ) -> None:
     out, words = begun
@@ -288,7 +286,7 @@ def test_a_folder_of_another_version_is_left_alone(
         (("--weights", "none.pth"), ("none.pth",)),
     ],
 )
-def test_a_study_that_cannot_be_gone_on_with_is_one_line_and_leaves_everything(
+def test_a_study_that_cannot_be_continued_is_one_line_and_changes_no_file(
     begun: tuple[Path, list[str]],
     capsys: pytest.CaptureFixture[str],
     more: tuple[str, ...],
@@ -306,7 +304,7 @@ def test_two_studies_never_write_into_one_folder(
         assert "in use by another study" in refusal(capsys, *words)
 
 
-def test_a_training_that_outlived_its_study_is_not_written_over(
+def test_the_folder_of_a_running_training_is_not_overwritten(
     tiny_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with FileLock(tmp_path / ".lock"):
@@ -341,7 +339,7 @@ def test_a_preset_that_does_not_fit_the_dataset_is_one_line(
     assert not (tmp_path / "out" / "runs").exists()
 
 
-def test_a_folder_with_something_else_in_it_is_left_alone(
+def test_a_folder_with_other_files_is_refused(
     tiny_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "thesis.tex").write_text("mine")
@@ -351,7 +349,7 @@ def test_a_folder_with_something_else_in_it_is_left_alone(
 
 
 class OneBlock(torch.nn.Module):
-    """A network that is its block: images' first channel, unchanged, is what the block is given."""
+    """A network of one block, whose input is the first channel of the images."""
 
     def __init__(self, block: torch.nn.Module) -> None:
         super().__init__()
@@ -362,7 +360,7 @@ class OneBlock(torch.nn.Module):
 
 
 def known_block(landmarks: tuple[int, int] = (4, 2)) -> torch.nn.Module:
-    """A CSALR block over one channel with Q = K = x."""
+    """Build a CSALR block over one channel with Q = K = x."""
     from csalr_plugin.attention import CSALR
 
     block = CSALR(1, groups=1, landmarks=landmarks, key_ratio=1.0).fold().eval()
@@ -373,7 +371,7 @@ def known_block(landmarks: tuple[int, int] = (4, 2)) -> torch.nn.Module:
     return block
 
 
-def test_maps_of_a_two_coloured_image_are_the_closed_form_full_and_reconstructed() -> None:
+def test_full_and_compressed_maps_of_a_two_coloured_image_equal_the_closed_form() -> None:
     from csalr_plugin.attention.maps import maps_of
 
     height, width, b = 8, 4, 0.7
@@ -384,13 +382,13 @@ def test_maps_of_a_two_coloured_image_are_the_closed_form_full_and_reconstructed
     same, other = torch.tensor(b * b).double().exp(), torch.tensor(-b * b).double().exp()
     value = torch.where(x.flatten()[:, None] * x.flatten() > 0, same, other) / (n / 2 * (same + other))
     torch.testing.assert_close(maps.full[0, 0], value, rtol=1e-6, atol=0)
-    # Constant within each landmark's patch, so the factors give the full map itself.
+    # x is constant within the patch of each landmark, so the factors give the full map exactly.
     torch.testing.assert_close(maps.compressed[0, 0], value, rtol=1e-6, atol=1e-9)
     rows = torch.tensor([3, 30])
     torch.testing.assert_close(maps_of(known_block(), x, rows=rows).compressed, maps.compressed[:, :, rows])
 
 
-def test_compressed_maps_are_what_the_blocks_compute() -> None:
+def test_compressed_maps_times_values_are_the_outputs_of_the_blocks() -> None:
     from csalr_plugin.attention import build_attention
     from csalr_plugin.attention.maps import maps_of
 
@@ -405,7 +403,7 @@ def test_compressed_maps_are_what_the_blocks_compute() -> None:
         torch.testing.assert_close(maps.full.sum(-1), torch.ones_like(maps.full.sum(-1)))
 
 
-def test_a_control_of_pooled_keys_spreads_a_landmark_s_share_over_its_patch() -> None:
+def test_the_control_of_pooled_keys_spreads_the_weight_of_a_landmark_over_its_patch() -> None:
     from csalr_plugin.attention import LandmarkGrid
     from csalr_plugin.attention.maps import pooled_key_map
 
@@ -447,7 +445,7 @@ def test_figure_4_is_drawn_for_a_block_whose_map_is_known(tmp_path: Path, monkey
     own = next(row for row in rows if (row["map"], row["points"]) == ("CSALR", 8))
     assert own["error"] < 1e-6 and own["agreement"] == 1.0
     coarse = next(row for row in rows if (row["map"], row["points"]) == ("pooled keys", 8))
-    assert coarse["error"] < 1e-6  # constant patches: the control is exact there too
+    assert coarse["error"] < 1e-6  # the control is exact for constant patches too
 
 
 @pytest.fixture(scope="module")
@@ -490,7 +488,7 @@ def test_maps_that_cannot_be_drawn_are_one_line(
     assert all(part in line for part in expected), line
 
 
-def test_metrics_of_an_epoch_trained_again_replace_those_before_and_half_a_line_is_left_out(tmp_path: Path) -> None:
+def test_metrics_of_a_repeated_epoch_replace_the_earlier_ones_and_an_incomplete_line_is_ignored(tmp_path: Path) -> None:
     from csalr_plugin.hosts.torchreid.monitor import read_metrics
 
     lines = [{"epoch": 1, "loss": 9.0}, {"epoch": 2, "loss": 8.0}, {"epoch": 2, "dataset": "d", "mAP": 0.1}]
@@ -503,7 +501,7 @@ def test_metrics_of_an_epoch_trained_again_replace_those_before_and_half_a_line_
     assert read_metrics(tmp_path / "none") == ([], [])
 
 
-def test_tensorboard_has_losses_gates_rates_heads_maps_and_on_demand_the_projector(
+def test_tensorboard_has_losses_gates_rates_heads_maps_and_the_optional_projector(
     tiny_data: Path, tmp_path: Path
 ) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -524,7 +522,7 @@ def test_tensorboard_has_losses_gates_rates_heads_maps_and_on_demand_the_project
     assert line["L_F"] > 0 and "alpha_stage2" in line and 0 <= line["accuracy_part1"] <= 100
 
 
-def test_table_5_is_taken_from_the_bench_with_the_change_from_pcb_beside_the_paper_s(tmp_path: Path) -> None:
+def test_table_5_has_the_results_of_the_bench_and_their_change_from_pcb(tmp_path: Path) -> None:
     out = tmp_path / "study"
     (out / "cost").mkdir(parents=True)
     summary = {

@@ -1,4 +1,4 @@
-"""The plugin's models are in the host's registry, whichever is imported first."""
+"""The plugin's models are in torchreid's registry, in either order of imports."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def test_importing_the_plugin_before_the_host_registers() -> None:
 
 @pytest.fixture
 def imports(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
-    """A folder to import a host from, with no host imported and no hook installed before."""
+    """A folder on the module path, with no host imported and no import hook installed."""
     hidden = {name: sys.modules.pop(name) for name in list(sys.modules) if name.split(".")[0] == "torchreid"}
     monkeypatch.setattr(sys, "meta_path", [f for f in sys.meta_path if "AfterImport" not in type(f).__name__])
     monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
@@ -140,7 +140,7 @@ def test_without_a_host_nothing_happens(
     assert registrations == []
 
 
-def test_a_host_that_fails_to_import_fails_as_it_would_alone(imports: Path, registrations: list[str]) -> None:
+def test_a_host_that_fails_to_import_raises_its_own_error(imports: Path, registrations: list[str]) -> None:
     (imports / "torchreid").mkdir()
     (imports / "torchreid" / "__init__.py").write_text("import a_module_that_is_missing\n")
     importlib.invalidate_caches()
@@ -152,7 +152,7 @@ def test_a_host_that_fails_to_import_fails_as_it_would_alone(imports: Path, regi
     assert registrations == []
 
 
-def test_a_folder_that_only_bears_the_hosts_name_is_left_alone(
+def test_a_folder_with_the_name_of_the_host_is_ignored(
     imports: Path, registrations: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (imports / "torchreid").mkdir()

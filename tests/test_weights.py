@@ -36,7 +36,7 @@ SMALL = {"groups": 2, "landmarks": (3, 2)}
 
 
 class Toy(nn.Module):
-    """Names of a model's children, in small."""
+    """A small model with the names of a PCB's children."""
 
     def __init__(self, identities: int = 3, width: int = 4, attention: bool = False) -> None:
         super().__init__()
@@ -77,7 +77,7 @@ def refused_and_unchanged(model: nn.Module, path: Path) -> str:
     return message
 
 
-# What is read
+# Reading
 
 
 @pytest.mark.parametrize("wrapped", [True, False], ids=["checkpoint", "state dict"])
@@ -154,7 +154,7 @@ def test_a_plain_checkpoint_leaves_attention_and_supervision_as_they_were_and_sa
     assert "attention, supervision" in str(report)
 
 
-# What is refused, and leaves the model as it was
+# Refused files, which must not change the model
 
 
 def test_a_missing_file_is_refused(tmp_path: Path) -> None:
@@ -166,7 +166,7 @@ def test_a_folder_is_refused(tmp_path: Path) -> None:
 
 
 def truncations(zipped: bool, tmp_path: Path) -> set[str]:
-    """What a file cut at each of many lengths gives: names of errors, with all UserErrors of one line."""
+    """Return the names of the errors for a file cut at many lengths; each UserError must be one line."""
     buffer = io.BytesIO()
     saved = {"state_dict": toy(1).state_dict(), "rank1": np.float64(0.5)}
     torch.save(saved, buffer, _use_new_zipfile_serialization=zipped)
@@ -258,10 +258,10 @@ def test_a_pickle_that_would_run_code_is_refused_and_does_not_run(form: str, pla
         torch.save(content, path, _use_new_zipfile_serialization=form == "zip")
     message = refused_and_unchanged(toy(), path)
     assert not marker.exists()
-    if not form.startswith("pickle"):  # a bare pickle is no checkpoint in the first place
+    if not form.startswith("pickle"):  # a bare pickle is not a checkpoint
         assert "is refused" in message and "code" in message
     pickle.loads(pickle.dumps(evil))
-    assert marker.exists()  # so the pickle does run code where nothing stops it
+    assert marker.exists()  # the pickle does run code with an unrestricted loader
 
 
 def test_a_pickled_model_is_refused(tmp_path: Path) -> None:
@@ -277,7 +277,7 @@ def test_half_of_an_attention_is_refused(tmp_path: Path) -> None:
     assert "1 of the model's 13 tensors" in message and "attention.stage1.bias" in message
 
 
-def test_another_width_is_refused_with_what_did_not_match(tmp_path: Path) -> None:
+def test_another_width_is_refused_with_the_names_that_do_not_match(tmp_path: Path) -> None:
     torch.save(toy(1, width=8).state_dict(), tmp_path / "m.pth")
     message = refused_and_unchanged(toy(), tmp_path / "m.pth")
     assert "7 of the model's 9 tensors" in message and "conv1.weight, conv1.bias" in message

@@ -334,7 +334,7 @@ def _figure4(out: Path) -> Section:
         )
         section.text(
             f"Error of the factors' map, over {about['images']} queries: relative Frobenius error from the full map, "
-            "and how often the most attended patch is the same. The control *pooled keys* uses only the landmarks' keys."
+            "and how often the most attended patch is the same. *pooled keys* is a control: the landmarks' keys alone."
         )
         section.table(*reconstruction_table(about["rows"]))
     return section
