@@ -1,11 +1,11 @@
-# make demo, make test: each builds its own environment in .venv first, once.
+# make demo, make test: both build the environment .venv the first time.
 PYTHON ?= python3
 VENV ?= .venv
-# Named first and exactly, so that no other package pulls in another build.
+# Installed first, with exact versions, so that no other package changes the build.
 TORCH ?= torch==2.14.1 torchvision==0.29.1
-# It asks for torch 1.13, so it comes without its dependencies; those of today's are the extra [fastreid].
+# Requires torch 1.13, so it is installed without its dependencies; the extra [fastreid] has them.
 FASTREID ?= fastreid==1.4.0
-# Of the demo's data and results, and what trains it.
+# Folder and host of the demo.
 OUT ?= demo-output
 HOST ?= torchreid
 
@@ -18,7 +18,7 @@ demo: $(INSTALLED)
 
 test: check
 	$(VENV)/bin/python -m pytest --ignore-glob='*processes.py'
-	# Apart: each of these starts several processes, which slow down what runs beside them.
+	# Not in parallel: each of these tests starts several processes.
 	$(VENV)/bin/python -m pytest --numprocesses=0 tests/test_processes.py tests/test_fastreid_processes.py
 
 check: $(INSTALLED)

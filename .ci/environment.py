@@ -1,4 +1,4 @@
-"""Make a virtual environment with csalr_plugin and only what some of its extras install.
+"""Make a virtual environment with csalr_plugin and only the packages of some of its extras.
 
     python .ci/environment.py FOLDER [EXTRA ...]
 
