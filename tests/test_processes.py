@@ -311,7 +311,7 @@ def test_two_processes_train_and_evaluate_as_one_does_and_the_first_alone_prints
 ) -> None:
     identity = ("sampler.train_sampler", "RandomIdentitySampler", "sampler.num_instances", 2)
     # A small rate: each step multiplies what rounding did to the one before.
-    options = ("csalr.sync_batch_norm", True, "train.lr", 0.001, "loss.name", "triplet", "loss.triplet.weight_x", 1.0)
+    options = ("csalr.sync_batch_norm", True, "train.lr", 0.0003, "loss.name", "triplet", "loss.triplet.weight_x", 1.0)
     one, two = start("one", 1, *options, *identity), start("two", 2, *options, *identity)
     assert one.wait() == 0, one.text
     assert two.wait() == 0, two.text
