@@ -8,6 +8,7 @@ from __future__ import annotations
 import collections
 import collections.abc
 import importlib
+import logging
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -85,6 +86,7 @@ def apply() -> None:
         mend_checkpoints,
         transform_with_todays_torchvision,
         print_short_trainings,
+        protect_the_log,
         launch_without_cuda,
         set_up_resumed_runs,
     ):
@@ -298,6 +300,35 @@ def print_short_trainings() -> None:
         write(self)
 
     printer.write = write_again
+
+
+def protect_the_log() -> None:
+    """Warn once when the log cannot be written, without a stack trace for every line; a closed console ends the run."""
+    set_up = _module("utils.logger").setup_logger
+
+    def setup_logger(*args: Any, **options: Any) -> logging.Logger:
+        logger: logging.Logger = set_up(*args, **options)
+        for handler in logger.handlers:
+            handler.handleError = _LogError()  # type: ignore[method-assign]
+        return logger
+
+    setup_logger.cache_clear = set_up.cache_clear  # type: ignore[attr-defined]
+    for module in (_module("utils.logger"), _module("engine.defaults")):
+        module.setup_logger = setup_logger  # type: ignore[attr-defined]
+
+
+class _LogError:
+    """Takes the place of a handler's `handleError`, which prints a stack trace."""
+
+    told = False
+
+    def __call__(self, record: logging.LogRecord) -> None:
+        error = sys.exc_info()[1]
+        if isinstance(error, BrokenPipeError):
+            raise error
+        if not self.told and sys.stderr:
+            print(f"The log cannot be written ({error}); the run goes on.", file=sys.stderr)
+        self.told = True
 
 
 def launch_without_cuda() -> None:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 import os
-import sys
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -71,7 +70,6 @@ def default_setup(cfg: CfgNode, args: Any) -> None:
         resumes = getattr(args, "resume", False) and not getattr(args, "eval_only", False)
         lines = take_settings(cfg) if resumes and isinstance(cfg, Config) else []
     _host_default_setup(cfg, args)
-    protect_log()
     for line in lines:
         logger.info(line)
 
@@ -232,21 +230,3 @@ def replay_schedule(trainer: Any) -> None:
         for epoch in range(1, trainer.start_epoch + 1):
             if epoch * per_epoch > warmup and epoch > trainer.delay_epochs:
                 trainer.scheduler["lr_sched"].step()
-
-
-def protect_log() -> None:
-    """Warn once when the log cannot be written, without a stack trace for every line; a closed console ends the run."""
-    for handler in logging.getLogger("fastreid").handlers:
-        handler.handleError = _LogError()  # type: ignore[method-assign]
-
-
-class _LogError:
-    told = False
-
-    def __call__(self, record: logging.LogRecord) -> None:
-        error = sys.exc_info()[1]
-        if isinstance(error, BrokenPipeError):
-            raise error
-        if not self.told and sys.stderr:
-            print(f"The log cannot be written ({error}); the training goes on.", file=sys.stderr)
-        self.told = True

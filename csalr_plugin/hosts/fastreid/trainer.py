@@ -37,7 +37,6 @@ from csalr_plugin.hosts.fastreid.resume import (
     last_checkpoint,
     load_training,
     name_parameters,
-    protect_log,
     training_settings,
 )
 from csalr_plugin.hosts.script import replaced
@@ -69,7 +68,6 @@ class Trainer(DefaultTrainer):  # type: ignore[misc]  # fast-reid carries no typ
             check_data(cfg)
         with replaced(defaults, {"DistributedDataParallel": partial(_in_several_processes, cfg)}):
             super().__init__(cfg)
-        protect_log()
         network = unwrapped(self.model)
         if not next(network.parameters()).is_cuda:
             keep_freed_memory()
