@@ -24,10 +24,8 @@ from csalr_plugin.hosts.fastreid import Trainer
 from csalr_plugin.hosts.fastreid.hooks import SafeWriter, TrainedLayers
 from csalr_plugin.hosts.fastreid.resume import (
     default_setup,
-    load_optimizer,
     load_training,
-    name_parameters,
-    replay_schedule,
+    set_learning_rate,
     take_settings,
 )
 
@@ -188,7 +186,7 @@ def test_the_replayed_learning_rate_is_that_of_an_uninterrupted_training_to_the_
     for epoch in range(6):
         resumed = fresh()
         resumed.start_epoch = epoch
-        replay_schedule(resumed)
+        set_learning_rate(resumed)
         assert resumed.optimizer.param_groups[0]["lr"] == whole.optimizer.param_groups[0]["lr"]
         for iteration in range(3 * epoch, 3 * epoch + 3):
             whole.iter, whole.epoch = iteration, epoch
@@ -196,26 +194,6 @@ def test_the_replayed_learning_rate_is_that_of_an_uninterrupted_training_to_the_
             whole.optimizer.step()
             hook.after_step()
         hook.after_epoch()
-
-
-def test_an_optimizer_state_without_names_loads_by_order_and_one_of_other_parameters_not_at_all() -> None:
-    layer = nn.Linear(2, 1)
-
-    def optimizer(named: bool, network: nn.Module = layer) -> torch.optim.Optimizer:
-        sgd = torch.optim.SGD([{"params": list(network.parameters()), "lr": 0.1}], momentum=0.9)
-        if named:
-            name_parameters(sgd, network)
-        return sgd
-
-    for named in (True, False):
-        before, after = optimizer(named), optimizer(True)
-        layer(torch.ones(1, 2)).sum().backward()
-        before.step()
-        load_optimizer(after, before.state_dict(), "x.pth")
-        assert torch.equal(after.state[layer.weight]["momentum_buffer"], before.state[layer.weight]["momentum_buffer"])
-    other = nn.Sequential(layer)
-    with pytest.raises(UserError, match=r"x\.pth"):
-        load_optimizer(after, optimizer(True, other).state_dict() | {"state": before.state_dict()["state"]}, "x.pth")
 
 
 def test_a_last_checkpoint_that_is_gone_is_one_line_with_those_that_are_there(trained: Path, tmp_path: Path) -> None:
@@ -317,8 +295,8 @@ def test_a_full_disk_leaves_the_last_checkpoint_and_nothing_unfinished(
     checkpointer.save("model_0000", epoch=0)
     before = (tmp_path / "model_0000.pth").read_bytes()
 
-    def half(_: Any, path: Path) -> None:
-        path.write_bytes(b"half")
+    def half(_: Any, file: Any) -> None:
+        file.write(b"half")
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(torch, "save", half)
@@ -338,8 +316,9 @@ def test_a_kill_while_a_checkpoint_is_written_leaves_the_one_before(tmp_path: Pa
     before = (tmp_path / "model_final.pth").read_bytes()
     if (child := os.fork()) == 0:
 
-        def killed(_: Any, path: Path) -> None:
-            path.write_bytes(b"half")
+        def killed(_: Any, file: Any) -> None:
+            file.write(b"half")
+            file.flush()
             os.kill(os.getpid(), signal.SIGKILL)
 
         torch.save = killed

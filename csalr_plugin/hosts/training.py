@@ -38,8 +38,8 @@ def machine_failure(error: BaseException) -> str:
         )
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "DefaultCPUAllocator" in text:
         return (
-            "memory is exhausted; a smaller batch takes less, and csalr.accumulate makes one optimizer step of several "
-            "batches"
+            "memory is exhausted; a smaller batch takes less, and in torchreid csalr.accumulate makes one optimizer "
+            "step of several batches"
         )
     return ""
 

@@ -47,8 +47,8 @@ def save(self: Any, name: str, **more: Any) -> None:
     self.logger.info(f"Saving checkpoint to {path}")
     last = self.get_checkpoint_file()
     then = f"Go on from the last checkpoint, {last}, with --resume" if last else "Start the training again"
-    with complete_file(path, _size(content), f"{then}.") as unfinished:
-        torch.save(content, unfinished)
+    with complete_file(path, _size(content), f"{then}.") as unfinished, unfinished.open("wb") as file:
+        torch.save(content, file)
     self.saved_epoch = more.get("epoch", -1)
     self.tag_last_checkpoint(path.name)
 

@@ -7,29 +7,20 @@ from __future__ import annotations
 
 import logging
 import os
-import warnings
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from fastreid.config import CfgNode, get_cfg
 from fastreid.engine import defaults, hooks
-from torch import nn
 
 from csalr_plugin.errors import UserError, shown
 from csalr_plugin.files import make_writable_folder
 from csalr_plugin.hosts.config import recordable, recorded_settings
 from csalr_plugin.hosts.distributed import is_main, together
 from csalr_plugin.hosts.fastreid.config import Config, add_csalr_config
+from csalr_plugin.hosts.resume import load_optimizer_state, replay_schedule
 from csalr_plugin.hosts.training import unwrapped
-from csalr_plugin.models.weights import (
-    check_epoch,
-    check_optimizer_state,
-    load_exactly,
-    read_checkpoint,
-    state_dict_of,
-)
+from csalr_plugin.models.weights import check_epoch, load_exactly, read_checkpoint, state_dict_of
 
 logger = logging.getLogger(__name__.replace("csalr_plugin.hosts.fastreid", "fastreid.csalr"))
 
@@ -151,9 +142,9 @@ def load_training(trainer: Any, path: str) -> None:
         )
     trainer.start_epoch = check_epoch(checkpoint, path) + 1
     load_exactly(network, state_dict_of(checkpoint), path)
-    load_optimizer(trainer.optimizer, checkpoint["optimizer"], path)
+    load_optimizer_state(trainer.optimizer, checkpoint["optimizer"], path)
     if trainer.start_epoch < trainer.max_epoch:
-        replay_schedule(trainer)
+        set_learning_rate(trainer)
     best = os.path.join(trainer.cfg.OUTPUT_DIR, "model_best.pth")
     metric = read_checkpoint(best).get("metric") if os.path.isfile(best) else None
     if isinstance(metric, float):
@@ -163,70 +154,13 @@ def load_training(trainer: Any, path: str) -> None:
     logger.info(f"Loaded {path}: {trainer.start_epoch} epochs are done")
 
 
-def name_parameters(optimizer: torch.optim.Optimizer, network: nn.Module) -> None:
-    """Add "param_names" to each parameter group, so that a state can be loaded into groups of other settings."""
-    names = {parameter: name for name, parameter in network.named_parameters()}
-    for group in optimizer.param_groups:
-        group["param_names"] = [names[parameter] for parameter in group["params"]]
+def set_learning_rate(trainer: Any) -> None:
+    """Take the schedulers of `trainer` to the learning rate at which the epoch `trainer.start_epoch` starts.
 
-
-def load_optimizer(optimizer: torch.optim.Optimizer, saved: Any, path: str) -> None:
-    """Load the state of each parameter; the hyperparameters of `optimizer` stay.
-
-    Args:
-        optimizer: with named parameters, see `name_parameters`.
-        saved: the state dict of the checkpoint's optimizer. Its groups may differ if they name their parameters.
-        path: of the checkpoint, for messages.
-
-    Raises:
-        UserError: the state does not fit.
-    """
-    now = optimizer.state_dict()
-    named = _by_name(saved)
-    if named is not None:
-        places = {
-            name: index
-            for group in now["param_groups"]
-            for name, index in zip(group["param_names"], group["params"], strict=True)
-        }
-        if set(named) - set(places):
-            raise UserError(f"--resume: {path!r} has the optimizer of other parameters.")
-        saved = {
-            "state": {places[name]: state for name, state in named.items()},
-            "param_groups": now["param_groups"],
-        }
-    check_optimizer_state(optimizer, saved, path)
-    optimizer.load_state_dict({"state": saved["state"], "param_groups": now["param_groups"]})
-
-
-def _by_name(saved: Any) -> dict[str, Any] | None:
-    """Return the state of each parameter by its name, or None for a state dict that names no parameters."""
-    groups, state = ((saved.get(key) if isinstance(saved, Mapping) else None) for key in ("param_groups", "state"))
-    if not isinstance(groups, list) or not isinstance(state, Mapping):
-        return None
-    named: dict[str, Any] = {}
-    for group in groups:
-        names, indices = ((group.get(key) if isinstance(group, Mapping) else None) for key in ("param_names", "params"))
-        if not isinstance(names, list) or not isinstance(indices, list) or len(names) != len(indices):
-            return None
-        if not all(isinstance(name, str) for name in names) or not all(isinstance(index, int) for index in indices):
-            return None
-        named |= {name: state[index] for name, index in zip(names, indices, strict=True) if index in state}
-    return named
-
-
-def replay_schedule(trainer: Any) -> None:
-    """Take the schedulers to the learning rate at which the next epoch starts.
-
-    They make the steps of a training that had its present settings from the start. So the rate of an unchanged training
-    is equal to the last bit, and new epochs, steps or another scheduler count.
+    They make as many steps as fast-reid's hook `LRScheduler` makes in the epochs before.
     """
     warmup, per_epoch = trainer.warmup_iters, trainer.iters_per_epoch
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
-        if "warmup_sched" in trainer.scheduler:
-            for _ in range(min(warmup, trainer.start_epoch * per_epoch)):
-                trainer.scheduler["warmup_sched"].step()
-        for epoch in range(1, trainer.start_epoch + 1):
-            if epoch * per_epoch > warmup and epoch > trainer.delay_epochs:
-                trainer.scheduler["lr_sched"].step()
+    if "warmup_sched" in trainer.scheduler:
+        replay_schedule(trainer.scheduler["warmup_sched"], min(warmup, trainer.start_epoch * per_epoch))
+    first = max(warmup // per_epoch, trainer.delay_epochs)  # epochs without a step
+    replay_schedule(trainer.scheduler["lr_sched"], max(0, trainer.start_epoch - first))

@@ -36,11 +36,11 @@ from csalr_plugin.hosts.fastreid.ranges import IDENTITY_SAMPLERS
 from csalr_plugin.hosts.fastreid.resume import (
     last_checkpoint,
     load_training,
-    name_parameters,
     training_settings,
 )
+from csalr_plugin.hosts.resume import name_parameters
 from csalr_plugin.hosts.script import replaced
-from csalr_plugin.hosts.training import keep_freed_memory, unwrapped
+from csalr_plugin.hosts.training import keep_freed_memory, machine_failure, unwrapped
 from csalr_plugin.models import PCB, RefinedPCB, recipe
 from csalr_plugin.models.cost import count_gmacs, count_parameters
 
@@ -233,9 +233,13 @@ class Trainer(DefaultTrainer):  # type: ignore[misc]  # fast-reid carries no typ
         loop_logger.addFilter(_without_trace)
         try:
             return super().train()
-        except RuntimeError as error:
+        except (RuntimeError, MemoryError) as error:
             if is_lost(error):
                 raise gone(self._last_checkpoint()) from error
+            if cause := machine_failure(error):
+                raise UserError(
+                    f"Training stopped at epoch {self.epoch + 1}: {cause}; {self._how_to_go_on()}."
+                ) from error
             raise
         except (KeyboardInterrupt, BrokenPipeError):
             if is_main():
@@ -304,7 +308,12 @@ class Trainer(DefaultTrainer):  # type: ignore[misc]  # fast-reid carries no typ
             UserError: a data set cannot be used.
         """
         share_buffers(model)
-        results = super().test(cfg, model)
+        try:
+            results = super().test(cfg, model)
+        except (RuntimeError, MemoryError) as error:
+            if is_lost(error) or not (cause := machine_failure(error)):
+                raise
+            raise UserError(f"The evaluation stopped: {cause}.") from error
         if comm.is_main_process() and cfg.OUTPUT_DIR:
             numbers = json.loads(json.dumps(results, default=float))
             path = Path(cfg.OUTPUT_DIR) / "results.json"
@@ -372,4 +381,6 @@ class _ClipGradients:
 def _without_trace(record: logging.LogRecord) -> bool:
     """Return whether a record goes into the log: not the stack trace of an error that is told in one line."""
     error = record.exc_info[1] if record.exc_info else None
-    return error is None or not (isinstance(error, (UserError, BrokenPipeError)) or is_lost(error))
+    if error is None:
+        return True
+    return not (isinstance(error, (UserError, BrokenPipeError)) or is_lost(error) or machine_failure(error))
