@@ -133,8 +133,13 @@ def test_the_hosts_own_script_goes_on_with_another_number_of_processes_and_machi
     ended = run(*own_script(), *TWO, *CONFIG, *TINY)
     assert (ended.returncode, last_epoch()) == (0, 0), ended.stderr
     assert ended.stdout.count("Command Line Args:") == 2  # the one that starts the others, and the first of them
-    ended = run(*own_script(), *CONFIG, "--resume", *TINY, "SOLVER.MAX_EPOCH", "2")
+    more = ("SOLVER.MAX_EPOCH", "2", "SOLVER.BASE_LR", "0.0005", "SOLVER.IMS_PER_BATCH", "8")
+    ended = run(*own_script(), *CONFIG, "--resume", *TINY, *more)
     assert (ended.returncode, last_epoch()) == (0, 1), ended.stderr
+    assert (
+        "SOLVER.BASE_LR 0.0005: given now; 0.001 in the checkpoint" in ended.stdout and "lr: 5.00e-04" in ended.stdout
+    )
+    assert "epoch/iter: 1/9" in ended.stdout  # all five batches of 8, after an epoch of two batches of 16
     assert "Starting training from epoch 1" in ended.stdout
     address = f"tcp://127.0.0.1:{free_port()}"
     flags = ("--num-gpus", "0", "--num-machines", "2", "--dist-url", address, "--resume")
@@ -206,7 +211,8 @@ def test_what_every_process_finds_wrong_and_what_the_first_alone_does_is_told_on
         assert len(lines) == 1, ended.stderr
         return lines[0]
 
-    assert "'SOLVER.IMS_PER_BATCH' is 9" in told(*own_script(), *TWO, *CONFIG, *TINY, "SOLVER.IMS_PER_BATCH", "9")
+    many = ("SOLVER.IMS_PER_BATCH", "64")
+    assert "is 64, more than the 44 training images" in told(*own_script(), *TWO, *CONFIG, *TINY, *many)
     torchrun = ("-m", "torch.distributed.run", "--nproc-per-node", "2")
     for subset in ("query", "bounding_box_test", "bounding_box_train"):
         source = tiny_data / "market1501" / "Market-1501-v15.09.15" / subset
@@ -222,3 +228,28 @@ def test_what_every_process_finds_wrong_and_what_the_first_alone_does_is_told_on
     ended = run(*torchrun, PROJECT / "train_net.py", *CONFIG, *TINY, "CSALR.GROUP", "2")
     assert ended.returncode != 0
     assert ended.stderr.count("unknown config key 'CSALR.GROUP'") == 1
+
+
+def test_a_closed_pipe_ends_the_script_without_a_stack_trace(start: Callable[..., subprocess.Popen[str]]) -> None:
+    process = start(PROJECT / "train_net.py", *CONFIG, *TINY)
+    assert process.stdout is not None and process.stderr is not None
+    for _ in range(3):
+        process.stdout.readline()
+    process.stdout.close()  # as head -3 does
+    error = process.stderr.read()
+    assert process.wait() == 141 and "Traceback" not in error
+    process.stdout = None  # for the fixture
+
+
+def test_ctrl_c_during_the_imports_ends_the_script_without_a_stack_trace(
+    start: Callable[..., subprocess.Popen[str]],
+) -> None:
+    process = start(PROJECT / "train_net.py", *CONFIG, *TINY)
+    handled = [False]
+    while handled[-1] or not any(handled):  # until Python has set its handler, and the script has removed it
+        status = Path(f"/proc/{process.pid}/status").read_text()
+        caught = int(next(line for line in status.splitlines() if line.startswith("SigCgt")).split()[1], 16)
+        handled.append(bool(caught >> (signal.SIGINT - 1) & 1))
+    process.send_signal(signal.SIGINT)
+    out, error = process.communicate(timeout=60)
+    assert process.returncode == -signal.SIGINT and "Traceback" not in out + error

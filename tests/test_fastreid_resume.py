@@ -31,6 +31,7 @@ from csalr_plugin.hosts.fastreid.resume import (
 
 # isort: split
 from fastreid.engine import DefaultPredictor, hooks
+from fastreid.engine.train_loop import SimpleTrainer
 from fastreid.modeling import build_model
 from fastreid.solver import build_lr_scheduler
 from fastreid.utils.checkpoint import Checkpointer
@@ -277,6 +278,22 @@ def test_writers_and_evaluation_that_fail_cost_no_checkpoint(
     text = logged(tmp_path / "out")
     assert text.count("JSONWriter cannot write the metrics (No space left on device)") == 1
     assert "Traceback" not in text
+
+
+def test_a_killed_worker_of_a_loader_ends_the_training_with_one_line(
+    trained: Path, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(_: Any) -> None:
+        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed.")
+
+    monkeypatch.setattr(SimpleTrainer, "run_step", killed)
+    out = copy(trained, tmp_path / "out")
+    with pytest.raises(UserError) as error:
+        train("OUTPUT_DIR", out, "SOLVER.MAX_EPOCH", "2", resume=True)
+    told = str(error.value)
+    assert told.startswith("Training stopped at epoch 2: a data loader's worker process was killed")
+    assert f"the last checkpoint is {out / 'model_final.pth'}, go on from it with --resume" in told
+    assert "\n" not in told and "Traceback" not in logged(out)
 
 
 def test_a_closed_console_still_ends_a_writer() -> None:
