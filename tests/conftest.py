@@ -36,12 +36,13 @@ def no_active_config() -> Iterator[None]:
         config.set_active_config(None)
 
 
-@pytest.fixture(params=["compiled", "operations"])
-def either_passes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The test runs twice: with the compiled passes over positions, and with those in torch's operations."""
-    from csalr_plugin.attention import compiled
+@pytest.fixture(params=["fast", "plain"])
+def either_form(request: pytest.FixtureRequest) -> Iterator[None]:
+    """The test runs twice: with the compiled passes of the attention blocks, and with their plain form."""
+    from csalr_plugin.attention import set_fast
+    from csalr_plugin.attention.fast.build import library
 
-    if request.param == "operations":
-        monkeypatch.setattr(compiled.CompiledPositions, "can", staticmethod(lambda *_: False))
-    else:
-        assert compiled.library(torch.float32) is not None and compiled.library(torch.float64) is not None
+    assert library(torch.float32) is not None and library(torch.float64) is not None
+    set_fast(request.param == "fast")
+    yield
+    set_fast(True)

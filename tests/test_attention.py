@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 from typing import Any
 
 import numpy as np
@@ -15,8 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from csalr_plugin.attention import ATTENTION_NAMES, AttentionBlock, LandmarkGrid, build_attention, csalr
-from csalr_plugin.attention.positions import Plan
+from csalr_plugin.attention import ATTENTION_NAMES, AttentionBlock, LandmarkGrid, build_attention
 from csalr_plugin.errors import UserError
 
 CHANNELS = 64
@@ -83,7 +81,7 @@ def assert_finite(block: nn.Module, x: Tensor, output: Tensor) -> None:
 # The equations
 
 
-@pytest.mark.usefixtures("either_passes")
+@pytest.mark.usefixtures("either_form")
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("size", SIZES, ids=str)
 @pytest.mark.parametrize(("name", "groups"), NAMES_AND_GROUPS)
@@ -103,33 +101,7 @@ def test_each_block_equals_its_equations_to_1e_5_in_float32_and_1e_10_in_float64
     assert relative_error(output, reference.gated(block, x, attended)) <= TOLERANCE[dtype]
 
 
-@pytest.mark.usefixtures("either_passes")
-@pytest.mark.parametrize("training", [False, True])
-@pytest.mark.parametrize("groups", [1, 2])
-def test_every_way_to_evaluate_csalr_gives_the_same_output_statistics_and_gradients(
-    groups: int, training: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    x = feature_map(12, 5, batch=3)
-    wanted: dict[str, Tensor] = {}
-    ways = itertools.product([True, False], [True, False], [1, 2, 3])
-    for at_landmarks, kept, images in ways:
-        keeps = kept or not at_landmarks  # what is gathered, where `value` acts on positions
-        way = Plan(at_landmarks, kept, keeps, keeps, kept and at_landmarks and groups > 1, True, images)
-        monkeypatch.setattr(csalr, "plan", lambda *_, way=way: way)
-        block = trained("csalr", groups).train(training)
-        given = x.clone().requires_grad_()
-        output, pooled = block.supervised(given)
-        generator = torch.Generator().manual_seed(3)
-        (output * torch.randn(output.shape, generator=generator, dtype=output.dtype)).sum().backward(retain_graph=True)
-        pooled.square().sum().backward()
-        got = {"output": output, "pooled": pooled, "x": given.grad, **dict(block.named_buffers())}
-        got |= {name: parameter.grad for name, parameter in block.named_parameters()}
-        wanted = wanted or got
-        for name, value in wanted.items():
-            torch.testing.assert_close(got[name], value, rtol=1e-9, atol=1e-11, msg=lambda text, name=name: name + text)
-
-
-@pytest.mark.usefixtures("either_passes")
+@pytest.mark.usefixtures("either_form")
 @pytest.mark.parametrize("landmarks", [(6, 4), (12, 4), (12, 8), (24, 8)], ids=str)
 def test_csalr_equals_eq_17_with_24_48_96_and_192_landmarks(landmarks: tuple[int, int]) -> None:
     block = trained("csalr", landmarks=landmarks).fold()
@@ -139,7 +111,7 @@ def test_csalr_equals_eq_17_with_24_48_96_and_192_landmarks(landmarks: tuple[int
         assert relative_error(block.attend(x), reference.csalr(block, x, 2, landmarks)) <= 1e-10
 
 
-@pytest.mark.usefixtures("either_passes")
+@pytest.mark.usefixtures("either_form")
 @pytest.mark.parametrize("groups", [1, 2])
 def test_csalr_equals_eq_17_up_to_the_edge_of_self_attention_1e_3(groups: int) -> None:
     block = trained("csalr", groups).fold()
@@ -157,7 +129,7 @@ def test_csalr_equals_eq_17_up_to_the_edge_of_self_attention_1e_3(groups: int) -
         assert relative_error(block.attend(x), reference.csalr(block, x, groups, GRID)) <= 1e-10
 
 
-@pytest.mark.usefixtures("either_passes")
+@pytest.mark.usefixtures("either_form")
 @pytest.mark.parametrize(("name", "groups"), [("sa", 1), ("csa", 2), ("csalr", 1), ("csalr", 2)])
 def test_training_mode_equals_the_equations_with_the_statistics_of_the_batch_folded_in(name: str, groups: int) -> None:
     block = trained(name, groups).train()
@@ -223,7 +195,7 @@ def test_csa_has_orthonormal_bases_of_the_query_width_in_each_group() -> None:
 # Gradients
 
 
-@pytest.mark.usefixtures("either_passes")
+@pytest.mark.usefixtures("either_form")
 @pytest.mark.parametrize(("name", "groups"), [("sa", 1), ("csa", 1), ("csa", 2), ("csalr", 1), ("csalr", 2)])
 def test_gradients_of_input_and_all_parameters_pass_gradcheck(name: str, groups: int) -> None:
     block = trained(name, groups, landmarks=(2, 2), channels=16).fold()
@@ -237,7 +209,7 @@ def test_gradients_of_input_and_all_parameters_pass_gradcheck(name: str, groups:
     assert torch.autograd.gradcheck(output, (x, *parameters.values()))
 
 
-@pytest.mark.usefixtures("either_passes")
+@pytest.mark.usefixtures("either_form")
 @pytest.mark.parametrize("name", ATTENTION_NAMES)
 def test_gradients_pass_gradcheck_with_the_normalisation_of_training(name: str) -> None:
     block = trained(name, landmarks=(2, 2), channels=16).train()
@@ -245,7 +217,7 @@ def test_gradients_pass_gradcheck_with_the_normalisation_of_training(name: str) 
     assert torch.autograd.gradcheck(block.attend, (x,), fast_mode=True)
 
 
-@pytest.mark.usefixtures("either_passes")
+@pytest.mark.usefixtures("either_form")
 @pytest.mark.parametrize(("name", "groups"), [("sa", 1), ("csa", 2), ("csalr", 1), ("csalr", 2), ("csalr", 4)])
 def test_what_a_supervised_network_trains_on_passes_gradcheck(name: str, groups: int) -> None:
     block = trained(name, groups, landmarks=(2, 2), channels=16).train()
@@ -270,7 +242,7 @@ class _Supervised(nn.Module):
         return self.block.supervised(x)
 
 
-@pytest.mark.usefixtures("either_passes")
+@pytest.mark.usefixtures("either_form")
 @pytest.mark.parametrize(("name", "groups"), NAMES_AND_GROUPS)
 @pytest.mark.parametrize("training", [True, False])
 def test_supervised_is_the_block_and_the_mean_of_stage_output_times_attention(
@@ -284,7 +256,7 @@ def test_supervised_is_the_block_and_the_mean_of_stage_output_times_attention(
         torch.testing.assert_close(pooled, (x * block.attend(x)).mean((2, 3)), rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.usefixtures("either_passes")
+@pytest.mark.usefixtures("either_form")
 def test_gradients_of_csalr_pass_gradcheck_where_self_attention_is_raised_to_its_floor() -> None:
     block = trained("csalr", groups=1, landmarks=(2, 2), channels=16).fold()
     x = feature_map(4, 3, batch=1, channels=16)

@@ -1,15 +1,19 @@
-"""Attention blocks over a feature map (B, C, H, W). They need torch and nothing else of the project."""
+"""Attention blocks over a feature map (B, C, H, W).
+
+They need torch alone. To have them elsewhere, copy this folder and, beside it, errors.py.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from csalr_plugin.attention.block import AttentionBlock
-from csalr_plugin.attention.compressed import CompressedSelfAttention
-from csalr_plugin.attention.csalr import CSALR
-from csalr_plugin.attention.landmarks import LandmarkGrid
-from csalr_plugin.attention.self_attention import SelfAttention
-from csalr_plugin.errors import UserError, suggest
+from ..errors import UserError, suggest
+from .block import AttentionBlock
+from .compressed import CompressedSelfAttention
+from .csalr import CSALR
+from .fast import set_fast, takes
+from .landmarks import LandmarkGrid
+from .self_attention import SelfAttention
 
 ATTENTION_NAMES = ("sa", "csa", "csalr")
 
@@ -21,6 +25,8 @@ __all__ = [
     "LandmarkGrid",
     "SelfAttention",
     "build_attention",
+    "set_fast",
+    "takes",
 ]
 
 

@@ -1,10 +1,11 @@
-"""Batch norm by the statistics of all processes that train one model.
+"""Batch norm as a pure function, and batch norm over the batches of all processes.
 
-torch's own `SyncBatchNorm` needs a GPU, and the blocks compute some statistics themselves.
+torch's ``SyncBatchNorm`` needs a GPU, and the blocks update running statistics apart from the formula.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,16 +13,20 @@ from torch import Tensor, distributed, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+Statistics = dict[str, Sequence[Tensor]]
+"""By name of a projection: mean and unbiased variance of the batch, (channels,) each."""
+
 
 def world_size() -> int:
-    """How many processes train this model."""
+    """Number of processes that train this model."""
     return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
 
 
 def over_processes(mean: Tensor, squares: Tensor, count: int) -> tuple[Tensor, Tensor, int]:
-    """Mean and sum of squared deviations, (channels,) each, and count of values: of this process -> of all.
+    """Combine mean, sum of squared deviations, (channels,) each, and number of values over all processes.
 
-    Each has the same count. Sums of squares of large values would lose digits (Chan et al., 1979).
+    Every process has the same number of values. The deviations are combined as in Chan et al. (1979), since a
+    difference of sums of squares of large values loses digits.
     """
     world = world_size()
     if world == 1:
@@ -35,7 +40,7 @@ def over_processes(mean: Tensor, squares: Tensor, count: int) -> tuple[Tensor, T
 
 
 def sum_over_processes(*vectors: Tensor) -> tuple[Tensor, ...]:
-    """Each vector's sum over all processes, by one message."""
+    """The sum of each vector over all processes, in one all-reduce."""
     if world_size() == 1:
         return vectors
     total = torch.cat(vectors)
@@ -44,11 +49,11 @@ def sum_over_processes(*vectors: Tensor) -> tuple[Tensor, ...]:
 
 
 class _Normalise(torch.autograd.Function):
-    """``(x - mean) / sqrt(variance + eps) * weight + bias`` a channel, by the statistics of all processes."""
+    """``(x - mean) / sqrt(variance + eps) * weight + bias`` a channel, with the statistics of all processes."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, ...]:
-        """Returns the normalised x, (B, channels, ...), mean and biased variance, (channels,)."""
+        """Returns the normalised x, (B, channels, ...), and mean and biased variance, (channels,)."""
         others = [0, *range(2, x.dim())]
         mean = x.mean(others, dtype=weight.dtype)  # channels
         squares = (x - _per_channel(mean, x)).square().sum(others)
@@ -62,7 +67,7 @@ class _Normalise(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        """As with fixed statistics, then what comes through mean and variance, to which every process adds."""
+        """The gradient with fixed statistics, plus the part through mean and variance, summed over all processes."""
         x, weight, mean, variance = ctx.saved_tensors
         d_x, d_weight, d_bias = torch.ops.aten.native_batch_norm_backward(
             gradient, x, weight, mean, variance, None, None, False, ctx.eps, [True, True, True]
@@ -80,39 +85,76 @@ def _per_channel(vector: Tensor, like: Tensor) -> Tensor:
 
 
 class SynchronisedBatchNorm(nn.BatchNorm1d):
-    """A batch norm over (B, channels, ...) that sees the batches of all processes while it trains.
+    """A batch norm over (B, channels, ...) that normalises with the batches of all processes while it trains.
 
-    Every process must have as large a batch. In one process, and at test time, it is torch's batch norm.
+    Every process must have a batch of the same size. In one process, and at test time, it is torch's batch norm.
     """
 
     def forward(self, input: Tensor) -> Tensor:
         """(B, channels, ...) -> the same shape."""
         if not self.training or world_size() == 1:
             return super().forward(input)
-        weight = torch.ones_like(self.running_mean) if self.weight is None else self.weight
-        bias = torch.zeros_like(weight) if self.bias is None else self.bias
-        out, mean, variance = _Normalise.apply(input, weight, bias, self.eps)
-        track(self, mean, variance, world_size() * input[:, 0].numel())
-        return out  # type: ignore[no-any-return]
+        normalised, mean, variance = normalise(self, input)
+        track(self, mean, variance)
+        return normalised
 
     def _check_input_dim(self, input: Tensor) -> None:
-        """Any number of dimensions: it takes the place of torch's for vectors and for images."""
+        """Accept any number of dimensions, since this class replaces the norms of vectors and of images."""
 
 
 def synchronise(network: nn.Module) -> None:
-    """Let every batch norm of `network` see the batches of all processes; names and values of weights stay."""
+    """Replace every batch norm of `network` by a synchronised one; names and values of weights stay."""
     for module in network.modules():
         if type(module) in (nn.BatchNorm1d, nn.BatchNorm2d):
-            module.__class__ = SynchronisedBatchNorm  # in place: whoever holds the layer holds the same layer
+            module.__class__ = SynchronisedBatchNorm  # in place: references to the layer stay valid
+
+
+def normalise(norm: nn.BatchNorm1d, features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """A batch norm in training mode as a pure function; :func:`track` updates its running statistics.
+
+    Args:
+        norm: with the batches of all processes if it is synchronised.
+        features: (B, channels, ...).
+
+    Returns:
+        The normalised features; mean and unbiased variance of the batch, (channels,) each, without gradient.
+
+    Raises:
+        ValueError: there is one value a channel, as for torch's batch norm.
+    """
+    count = features[:, 0].numel()
+    weight, bias = (_as_wide(vector, features) for vector in (norm.weight, norm.bias))
+    if isinstance(norm, SynchronisedBatchNorm) and world_size() > 1:
+        weight = features.new_ones(features.shape[1]) if weight is None else weight
+        bias = torch.zeros_like(weight) if bias is None else bias
+        normalised, mean, variance = _Normalise.apply(features, weight, bias, norm.eps)
+        count *= world_size()
+    else:
+        normalised, mean, inverse_deviation = torch.native_batch_norm(
+            features, weight, bias, None, None, True, 0.0, norm.eps
+        )
+        mean, variance = mean.detach(), inverse_deviation.detach().square().reciprocal() - norm.eps
+    return normalised, mean, variance * (count / max(count - 1, 1))
+
+
+def normalise_with_running_statistics(norm: nn.BatchNorm1d, features: Tensor) -> Tensor:
+    """A batch norm in eval mode, also where its vectors are in half precision and `features` are not."""
+    vectors = (norm.running_mean, norm.running_var, norm.weight, norm.bias)
+    mean, variance, weight, bias = (_as_wide(vector, features) for vector in vectors)
+    return F.batch_norm(features, mean, variance, weight, bias, False, 0.0, norm.eps)
+
+
+def _as_wide(vector: Tensor | None, features: Tensor) -> Tensor | None:
+    return None if vector is None else vector.to(torch.promote_types(vector.dtype, features.dtype))
 
 
 @torch.no_grad()
-def track(norm: nn.BatchNorm1d, mean: Tensor, variance: Tensor, count: int) -> None:
-    """Update running statistics, as torch's batch norm does, with a mean and a biased variance of `count` values."""
+def track(norm: nn.BatchNorm1d, mean: Tensor, variance: Tensor) -> None:
+    """Update running statistics with mean and unbiased variance of a batch, as torch's batch norm does."""
     if not norm.track_running_stats or norm.num_batches_tracked is None:
         return
     assert norm.running_mean is not None and norm.running_var is not None
     norm.num_batches_tracked += 1
     momentum = norm.momentum if norm.momentum is not None else 1 / float(norm.num_batches_tracked)
     norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), momentum)
-    norm.running_var.lerp_((variance * (count / max(count - 1, 1))).to(norm.running_var.dtype), momentum)
+    norm.running_var.lerp_(variance.to(norm.running_var.dtype), momentum)

@@ -1,21 +1,21 @@
-"""Attention maps to look at and to measure: the full map of SA's formula, and what stands in for it.
+"""Attention maps for pictures and reports: the full n x n map, and the map that the factors of a block multiply to.
 
-Plain formulas in float64, for pictures and reports; blocks never form these maps.
+Computed in float64 from the formulas of the blocks, which never form these maps themselves.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
-from csalr_plugin.attention.block import AttentionBlock
-from csalr_plugin.attention.compressed import CompressedSelfAttention
-from csalr_plugin.attention.csalr import CSALR
-from csalr_plugin.attention.landmarks import LandmarkGrid
+from .block import AttentionBlock
+from .compressed import CompressedSelfAttention
+from .csalr import CSALR, low_rank_attention
+from .landmarks import LandmarkGrid
+from .numerics import softmax
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Maps:
 
     Attributes:
         full: softmax(Q K^T), the map of SA's formula (Eq. 10).
-        compressed: the map that the factors give in its place.
+        compressed: the product of the factors that replace it.
     """
 
     full: Tensor
@@ -45,101 +45,75 @@ def maps_of(
 ) -> Maps:
     """The full map of a block's own Q and K over x, (B, C, H, W), and the map of its factors.
 
-    CSALR's factors are those of Eq. 13-16. For SA the same factors say what CSALR would make of its map. CSA has
-    queries alone: its full map is the one that its factors stand for, softmax(s Q Q^T) with unit-length Q, s = 14.
+    CSALR's factors are those of Eq. 13-16. For SA they are the factors that CSALR would make of its Q and K. CSA has
+    queries alone: its factors replace softmax(s Q Q^T) with unit-length Q, s = 14.
 
     Args:
         block: in eval mode.
-        x: the block's input.
+        x: the input of the block.
         rows: indices of the queries, all n = H W by default.
         groups: of CSALR's factors; the block's own by default. CSA's are always its own.
         landmarks: grid of CSALR's factors; the block's own by default, (12, 8) for SA.
     """
     with torch.no_grad():
         if isinstance(block, CompressedSelfAttention):
-            return _csa(block, block._project("query", x).double(), rows)
+            return _csa(block, block.project("query", x, {}).flatten(1, 2).double(), rows)
         Q, K = queries_and_keys(block, x, groups)
-        grid = _grid(block, x, landmarks)
-        floor = CSALR.self_attention_floor
-        return Maps(full_map(Q, K, rows), csalr_map(Q, K, grid, rows, floor=floor))
+        wanted = landmarks or (block.landmarks if isinstance(block, CSALR) else (12, 8))
+        grid = LandmarkGrid(x.shape[2], x.shape[3], wanted, x.device)
+        return Maps(full_map(Q, K, rows), csalr_map(Q, K, grid, rows, floor=CSALR.self_attention_floor))
 
 
 def queries_and_keys(block: AttentionBlock, x: Tensor, groups: int | None = None) -> tuple[Tensor, Tensor]:
     """Q and K of an SA or CSALR block over x, (B, C, H, W), in float64: each (B, groups, C'/groups, n)."""
     count = block.groups if groups is None else groups
-    Q, K = (block._project(name, x).double() for name in ("query", "key"))  # B, C', n
+    Q, K = (block.project(name, x, {}).flatten(1, 2).double() for name in ("query", "key"))  # B, C', n
     shape = (len(x), count, Q.shape[1] // count, -1)
     return Q.reshape(shape), K.reshape(shape)
 
 
 def full_map(Q: Tensor, K: Tensor, rows: Tensor | None = None) -> Tensor:
-    """Eq. 10: (B, groups, c, n) twice -> (B, groups, rows, n)."""
-    return (_rows(Q, rows).mT @ K).softmax(-1)
+    """Eq. 10: (B, groups, d, n) twice -> (B, groups, rows, n)."""
+    return softmax(_rows(Q, rows).mT @ K)
 
 
 def csalr_map(Q: Tensor, K: Tensor, grid: LandmarkGrid, rows: Tensor | None = None, *, floor: float = 0.0) -> Tensor:
-    """(S_nm + P) (S_mm + I)^-1 S_mn, Eq. 13-16: (B, groups, c, n) twice -> (B, groups, rows, n).
+    """(S_nm + P) (S_mm + I)^-1 S_mn, Eq. 13-16: (B, groups, d, n) twice -> (B, groups, rows, n).
+
+    This is :func:`.csalr.low_rank_attention` of values V = I.
 
     Args:
         Q, K: queries and keys.
-        grid: which position belongs to which landmark.
+        grid: landmark of each position.
         rows: indices of the queries, all n by default.
-        floor: the least that a landmark attends to itself with, as in `CSALR`; 0 is the published formula.
+        floor: smallest S_ii, as in `CSALR`; 0 is the published formula.
     """
-    Q_landmark, K_landmark = grid.pool(Q), grid.pool(K)  # B, groups, c, m
-    S_nm = (_rows(Q, rows).mT @ K_landmark).softmax(-1)
-    S_mm = (Q_landmark.mT @ K_landmark).softmax(-1)
-    S_mn = (Q_landmark.mT @ K).softmax(-1)
-    P = grid.membership(Q.dtype)  # n, m
-    P = P if rows is None else P[rows]
-    identity = torch.eye(grid.m, dtype=Q.dtype, device=Q.device)
-    own = S_mm.diagonal(dim1=-2, dim2=-1)[..., None]  # B, groups, m, 1
-    raised = (floor - own).clamp(min=0) / (1 - own.clamp(max=floor))
-    S_mm = S_mm * (1 - raised) + identity * raised
-    return (S_nm + P) @ torch.linalg.solve(S_mm + identity, S_mn)
+
+    def weigh_identity(queries: Tensor, keys: Tensor) -> Tensor:
+        return softmax(queries @ keys.mT)
+
+    def of_image(Q: Tensor, K: Tensor) -> Tensor:
+        return _rows(low_rank_attention(Q[None], K[None], weigh_identity, grid, floor).mT, rows).mT[0]
+
+    return torch.stack([of_image(*pair) for pair in zip(Q, K, strict=True)])  # one n x n map of all rows at a time
 
 
 def pooled_key_map(Q: Tensor, K: Tensor, grid: LandmarkGrid, rows: Tensor | None = None) -> Tensor:
-    """A control for CSALR: the full map of keys that are replaced by their landmark's, softmax(Q (K' P^T)^T).
+    """A control for CSALR: the full map of keys that are replaced by the mean of their patch, softmax(Q (K' P^T)^T).
 
-    (B, groups, c, n) twice -> (B, groups, rows, n).
+    (B, groups, d, n) twice -> (B, groups, rows, n).
     """
-    return full_map(Q, grid.pool(K) @ grid.membership(K.dtype).mT, rows)
-
-
-def block_inputs(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
-    """What each block of a model in eval mode is given for images (B, 3, H, W): {"stage1": (B, C, H, W), ...}."""
-    seen: dict[str, Tensor] = {}
-    handles = []
-    for stage, block in cast(nn.ModuleDict, model.attention).items():
-
-        def look(_: nn.Module, inputs: tuple[Tensor, ...], stage: str = stage) -> None:
-            seen[stage] = inputs[0].detach()
-
-        handles.append(block.register_forward_pre_hook(look))
-    try:
-        with torch.no_grad():
-            model(images)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return seen
+    return full_map(Q, grid.pool(K)[..., grid.landmark_of], rows)
 
 
 def _rows(Q: Tensor, rows: Tensor | None) -> Tensor:
     return Q if rows is None else Q[..., rows]
 
 
-def _grid(block: AttentionBlock, x: Tensor, landmarks: tuple[int, int] | None) -> LandmarkGrid:
-    wanted = landmarks or (block.landmarks if isinstance(block, CSALR) else (12, 8))
-    return LandmarkGrid(x.shape[-2], x.shape[-1], wanted, x.device)
-
-
 def _csa(block: CompressedSelfAttention, Q: Tensor, rows: Tensor | None) -> Maps:
     """W B of each group, and softmax(s Q Q^T): Q is (B, C', n)."""
     Q = F.normalize(Q, dim=1)[:, None]  # B, 1, C', n
-    bases = F.normalize(block.bases.double(), dim=1).reshape(block.groups, -1, Q.shape[2])  # groups, m, C'
-    logits = block.scale * bases @ Q  # B, groups, m, n
-    B, W = logits.softmax(-1), _rows(logits, rows).softmax(-2).mT
+    logits = block.unit_bases().double() @ Q  # B, groups, m, n
+    B, W = softmax(logits), softmax(_rows(logits, rows).mT)
     full = full_map(block.scale * Q, Q, rows)
     return Maps(full.expand(-1, block.groups, -1, -1), W @ B)

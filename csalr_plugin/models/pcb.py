@@ -213,7 +213,7 @@ class RefinedPCB(PCB):
         weights = self.part_classifier(features).softmax(dim=1)  # B, parts, H, W
         pooled = features.flatten(2) @ weights.to(features.dtype).flatten(2).mT  # B, 2048, parts
         # With the indicators of the stripes as weights, this gives the means over the stripes, as in PCB.
-        return (pooled * (self.parts / features[0, 0].numel()))[..., None]
+        return (pooled * (self.parts / (features.shape[2] * features.shape[3])))[..., None]
 
     def get_extra_state(self) -> Tensor:
         """Return `refining` as a tensor, because hosts expect only tensors in a state dict."""

@@ -17,6 +17,7 @@ from torch import nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from csalr_plugin.attention import AttentionBlock, set_fast
 from csalr_plugin.command_line import positive
 from csalr_plugin.errors import UserError, suggest
 from csalr_plugin.models import STAGE_CHANNELS, build_model
@@ -27,7 +28,6 @@ from .blocks import (
     Alternative,
     ConvolutionsOnly,
     Nystrom,
-    PublishedCSALR,
     nystrom_is_installed,
 )
 from .harness import (
@@ -57,7 +57,9 @@ class Row:
         label: as the table names it.
         model: name for `csalr_plugin.models.build_model`.
         groups: of its blocks.
-        block: what stands in for CSALR.
+        block: replaces CSALR.
+        fast: whether blocks may use the compiled passes.
+        recompute: whether plain blocks recompute in the backward pass.
         paper: Table 5's memory, MB an image, and FPS; None where it has no such row.
     """
 
@@ -65,10 +67,12 @@ class Row:
     model: str = "pcb_csalr"
     groups: int = 1
     block: type[Alternative] | None = None
+    fast: bool = True
+    recompute: bool = True
     paper: tuple[float, float] | None = None
 
-    def build(self) -> PCB:
-        """The row's network, from random weights."""
+    def build(self, gate: float) -> PCB:
+        """The network of the row, from random weights, with every alpha at `gate`."""
         model = build_model(self.model, NUM_CLASSES, pretrained=False, groups=self.groups)
         if self.block is not None:
             for stage in model.attention:
@@ -76,13 +80,14 @@ class Row:
                 model.attention[stage] = self.block(channels, groups=self.groups)
         for name, parameter in model.named_parameters():
             if name.endswith(".alpha"):
-                nn.init.constant_(parameter, GATE)
+                nn.init.constant_(parameter, gate)
+        for module in model.modules():
+            if isinstance(module, AttentionBlock):
+                module.recompute &= self.recompute
         return model
 
 
 BASELINE = "pcb"
-# Every alpha, as trained networks have it; what a closed gate needs is no measure of one that works.
-GATE = 0.1
 ROWS: Mapping[str, Row] = {
     BASELINE: Row("PCB", "pcb", paper=(137.64, 581.81)),
     "sa": Row("+ SA", "pcb_sa", paper=(300.68, 266.67)),
@@ -91,9 +96,13 @@ ROWS: Mapping[str, Row] = {
     "csalr-2": Row("+ CSALR, 2 groups", groups=2, paper=(192.25, 460.43)),
     "csalr-4": Row("+ CSALR, 4 groups", groups=4, paper=(221.97, 418.30)),
     "csalr-8": Row("+ CSALR, 8 groups", groups=8, paper=(254.75, 380.95)),
-    "published-1": Row("+ CSALR as published, 1 group", groups=1, block=PublishedCSALR, paper=(165.00, 507.93)),
-    "published-2": Row("+ CSALR as published, 2 groups", groups=2, block=PublishedCSALR, paper=(192.25, 460.43)),
-    "published-8": Row("+ CSALR as published, 8 groups", groups=8, block=PublishedCSALR, paper=(254.75, 380.95)),
+    "plain-1": Row("+ CSALR, 1 group, plain", groups=1, fast=False),
+    "plain-2": Row("+ CSALR, 2 groups, plain", groups=2, fast=False),
+    "plain-8": Row("+ CSALR, 8 groups, plain", groups=8, fast=False),
+    "keeping-1": Row("+ CSALR, 1 group, plain, keeping activations", groups=1, fast=False, recompute=False),
+    "keeping-2": Row("+ CSALR, 2 groups, plain, keeping activations", groups=2, fast=False, recompute=False),
+    "keeping-8": Row("+ CSALR, 8 groups, plain, keeping activations", groups=8, fast=False, recompute=False),
+    "plain-csa": Row("+ CSA, 2 groups, plain", "pcb_csa", 2, fast=False),
     "convolutions": Row("+ 1x1 convolutions alone", groups=2, block=ConvolutionsOnly),
     "nystrom": Row("+ nystrom-attention", groups=1, block=Nystrom),
 }
@@ -105,6 +114,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--height", type=positive, metavar="N", help="image height (384; quick 256)")
     parser.add_argument("--width", type=positive, metavar="N", help="image width (128)")
     parser.add_argument("--batch-size", type=positive, metavar="N", help="images a batch, at least 2 (8; quick 2)")
+    parser.add_argument("--gate", type=float, default=0.1, metavar="ALPHA", help="value of every alpha (0.1)")
     parser.add_argument(
         "--only", nargs="+", metavar="ROW", help=f"these rows, beside {BASELINE}; of {', '.join(list(ROWS)[1:])}"
     )
@@ -124,13 +134,13 @@ def run(options: argparse.Namespace) -> None:
         raise UserError("--batch-size 1 is too small: batch norms train on 2 images at least.")
     if min(height, width) < 16:
         raise UserError(f"--height {height} --width {width}: a ResNet-50 needs 16 at least.")
-    settings = {"height": height, "width": width, "batch_size": batch_size, "rows": rows}
+    settings = {"height": height, "width": width, "batch_size": batch_size, "gate": options.gate, "rows": rows}
     results = Results(options.out, "cost", {**settings, "threads": options.threads, "device": options.device}, device)
     if len(results.rounds) < options.repeats:
         torch.manual_seed(0)
         images = torch.randn(batch_size, 3, height, width, device=device)
         contestants = {
-            name: Contestant(ROWS[name].build().to(device), images)
+            name: Contestant(ROWS[name].build(options.gate).to(device), images, ROWS[name].fast)
             for name in tqdm(rows, desc="building", unit="network")
         }
         for name in tqdm(rows, desc="counting", unit="network"):
@@ -168,10 +178,11 @@ class Contestant:
     Args:
         model: on the device that it is measured on.
         images: (B, 3, H, W), on the same device.
+        fast: whether attention blocks may use the compiled passes.
     """
 
-    def __init__(self, model: nn.Module, images: torch.Tensor) -> None:
-        self.model, self.images = model, images
+    def __init__(self, model: nn.Module, images: torch.Tensor, fast: bool = True) -> None:
+        self.model, self.images, self.fast = model, images, fast
         self.labels = torch.arange(len(images), device=images.device) % NUM_CLASSES
         # So small a rate that no step takes the network anywhere, whatever its attention.
         self.optimizer = torch.optim.SGD(model.parameters(), lr=1e-6, momentum=0.9)
@@ -190,6 +201,7 @@ class Contestant:
 
     def sample(self) -> Sample:
         """Seconds of a step and of an embedding."""
+        set_fast(self.fast)
         device = self.images.device
         self.model.train()
         train_seconds = seconds(self.train_step, device)
@@ -199,6 +211,7 @@ class Contestant:
 
     def count(self) -> dict[str, Any]:
         """What need not be repeated: memory an image, operations, parameters."""
+        set_fast(self.fast)
         images, _, height, width = self.images.shape
         kept = count_kept_bytes(self.model, height, width, batch_size=images)
         gmacs = count_gmacs(self.model, height, width)

@@ -85,7 +85,7 @@ def code_digest() -> str:
     """Return a digest of the project's own code: samples of different code never mix."""
     digest = hashlib.sha256()
     folders = (Path(csalr_plugin.__file__).parent, Path(__file__).parent)
-    for path in sorted(path for folder in folders for kind in ("*.py", "*.cpp") for path in folder.rglob(kind)):
+    for path in sorted(path for folder in folders for kind in ("*.py", "*.cpp", "*.h") for path in folder.rglob(kind)):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:12]
 

@@ -178,20 +178,16 @@ class Pass:
         self.block(x).backward(gradient)
 
     def count(self) -> dict[str, float]:
-        """Measure the bytes per map that are kept for the backward pass, and the peak memory per map."""
+        """Measure the bytes per map that are kept without recomputing, and the peak memory per map."""
         device = next(self.block.parameters()).device
-        # The meta device keeps the same tensors as a CPU. A GPU's kernels may keep others, so they must run.
-        counted, place = (self.block, device) if device.type == "cuda" else (_on_meta(self.block), torch.device("meta"))
-        kept = kept_bytes(counted, self.inputs(place))
+        # On the meta device nothing is computed. On a GPU the kernels decide which tensors are kept.
+        place = device if device.type == "cuda" else torch.device("meta")
+        kept = kept_bytes(copy.deepcopy(self.block).to(place).set_recompute(False), self.inputs(place))
         x = self.inputs(device)
         gradient = torch.randn_like(x)
         peak = peak_bytes(functools.partial(self.forward_and_backward, x, gradient), device)
         self.block.zero_grad()
         return {"kept_bytes": kept / self.batch_size, "peak_bytes": peak / self.batch_size}
-
-
-def _on_meta(block: AttentionBlock) -> AttentionBlock:
-    return copy.deepcopy(block).to("meta")
 
 
 def explore(results: Results, passes: Mapping[str, Pass], positions: list[int], device: torch.device) -> None:

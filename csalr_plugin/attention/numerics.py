@@ -1,0 +1,168 @@
+"""Numerical safety of the blocks: types of numbers, guarded logits, and the inverse of Eq. 16."""
+
+from __future__ import annotations
+
+import math
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+def full_range(tensor: Tensor) -> Tensor:
+    """Cast fp16 to fp32 and leave every other type.
+
+    Raw dot products (Eq. 1, 10-16) and the bound on the inverse exceed 65504, the largest number of fp16. bf16 has
+    the range of fp32.
+    """
+    return tensor.float() if tensor.dtype is torch.float16 else tensor
+
+
+def at_least_fp32(tensor: Tensor) -> Tensor:
+    """Cast fp16 and bf16 to fp32. The m x m solve of Eq. 14 runs in fp32 or fp64."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def saturate(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Cast to `dtype`, values beyond its range to its largest finite number."""
+    if tensor.dtype is dtype:
+        return tensor
+    limit = torch.finfo(dtype).max
+    return tensor.clamp(-limit, limit).to(dtype)
+
+
+def autocast_enabled(x: Tensor) -> bool:
+    """Whether autocast is on for the device of x; the meta device has no autocast."""
+    return not x.is_meta and torch.is_autocast_enabled(x.device.type)
+
+
+def no_autocast(x: Tensor) -> AbstractContextManager[None]:
+    """Switch autocast off on the device of x: the formulas between the projections choose their types themselves."""
+    return torch.autocast(x.device.type, enabled=False) if autocast_enabled(x) else nullcontext()
+
+
+def functorch_is_active() -> bool:
+    """Whether a transform of torch.func (vmap, grad, jvp, ...) is running."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether `module` has forward or backward hooks of its own."""
+    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return any(getattr(module, kind) for kind in kinds)
+
+
+def is_plain_convolution(module: nn.Module) -> bool:
+    """Whether `module` is a 1x1 convolution with a bias that nothing replaces, parametrises or hooks.
+
+    Its weight may then be used without calling it.
+    """
+    return (
+        type(module) is nn.Conv2d
+        and module.kernel_size == module.stride == (1, 1)
+        and module.padding == (0, 0)
+        and module.groups == 1
+        and module.bias is not None
+        and "forward" not in vars(module)
+        and not has_hooks(module)
+    )
+
+
+def softmax(logits: Tensor) -> Tensor:
+    """Softmax over the last dimension, computed in fp32 or fp64 and returned in the type of `logits`."""
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    return logits.softmax(-1, dtype=wide).to(logits.dtype)
+
+
+def softmax_attention(Q: Tensor, K: Tensor, V: Tensor, landmark_of: Tensor | None = None) -> Tensor:
+    """``(softmax(Q K^T) + P) V`` without 1/sqrt(d), as in Eq. 1, 13 and 15; without P if `landmark_of` is None.
+
+    On CUDA this is :func:`torch.nn.functional.scaled_dot_product_attention`. Its memory-efficient kernel is the one
+    that applies: flash attention needs V as wide as Q and K, and here V is C / groups wide and Q and K are C' / groups
+    wide. The kernel reads rows whose channels are adjacent in memory, hence ``contiguous``. It cannot be differentiated
+    twice; for that, run the block under ``torch.nn.attention.sdpa_kernel(SDPBackend.MATH)``.
+
+    Args:
+        Q: (B, groups, rows, d).
+        K: (B, groups, columns, d).
+        V: (B, groups, columns, c), or (B, 1, columns, c) for all groups.
+        landmark_of: (rows,), for the 0/1 matrix P with P[i, landmark_of[i]] = 1.
+
+    Returns:
+        (B, groups, rows, c), in the type of V.
+    """
+    if Q.is_cuda and not functorch_is_active():
+        V = V.contiguous().expand(-1, Q.shape[1], -1, -1)
+        attended = F.scaled_dot_product_attention(Q.contiguous(), K.contiguous(), V, scale=1.0)
+        return attended if landmark_of is None else attended + V.index_select(2, landmark_of)
+    S = softmax(Q @ K.mT)  # B, groups, rows, columns
+    if landmark_of is not None:
+        S = S + (landmark_of[:, None] == torch.arange(K.shape[2], device=K.device))
+    if V.shape[1] == 1:  # one product, without a copy of V for each group
+        return (S.flatten(1, 2) @ V[:, 0]).unflatten(1, S.shape[1:3])  # type: ignore[no-untyped-call]
+    return (V.mT @ S.mT).mT  # as in x, the positions of a channel are adjacent in memory
+
+
+def limit_logits(Q: Tensor, K: Tensor) -> tuple[Tensor, Tensor]:
+    """Scale Q and K, (B, groups, d, n), so that no dot product of them overflows fp32.
+
+    The factor is 1 for each image without an entry beyond 1e17. With one, a softmax is a hard maximum in any precision.
+    """
+    limit = 1e17
+    largest = (torch.linalg.vector_norm(one.detach(), torch.inf, dim=(1, 2, 3), keepdim=True) for one in (Q, K))
+    factor_q, factor_k = (limit / one.clamp(min=limit) for one in largest)  # B, 1, 1, 1
+    return Q * factor_q, K * factor_k
+
+
+def raise_diagonal(S_mm: Tensor, floor: float) -> Tensor:
+    """``A_mm = S_mm + I`` of Eq. 16, where every S_ii below `floor` is raised to it.
+
+    The row gives up the same share of its other entries, so rows of A_mm still sum to 2. The map of a landmark with
+    S_ii >= `floor` is the published one.
+
+    Args:
+        S_mm: (..., m, m), rows sum to 1.
+        floor: smallest S_ii, from 0 (the published formula) to below 1.
+    """
+    own = S_mm.diagonal(dim1=-2, dim2=-1)[..., None]  # ..., m, 1
+    share = (floor - own).clamp(min=0) / (1 - own.clamp(max=floor))  # of the row, given to the landmark itself
+    return S_mm * (1 - share) + torch.diag_embed((1 + share).squeeze(-1))
+
+
+def inverse_of_dominant(A: Tensor, floor: float) -> Tensor:
+    """The inverse of ``A = S + I`` for row-stochastic S with every S_ii >= `floor`: (..., m, m) -> (..., m, m).
+
+    Split into blocks down to 32 rows: the Schur complement of a diagonally dominant matrix is dominant, so no pivoting
+    across blocks is needed. This is three times as fast as LAPACK for many 96 x 96 matrices on a CPU, and torch's
+    batched LU is wrong beyond 150 rows after torch.set_num_threads(2) (pytorch issue 142815). Exported programs take
+    matrix products alone, since ONNX has no inverse and the blocks would depend on m.
+    """
+    if torch.compiler.is_exporting() or torch.onnx.is_in_onnx_export():
+        return inverse_by_products(A, floor)
+    m = A.shape[-1]
+    if m <= 32:
+        return torch.linalg.inv_ex(A)[0]  # _ex: checking for singularity would synchronise with the GPU
+    half = m // 2
+    B, C = A[..., :half, half:], A[..., half:, :half]
+    A_inverse = inverse_of_dominant(A[..., :half, :half], floor)
+    A_B, C_A = A_inverse @ B, C @ A_inverse
+    S_inverse = inverse_of_dominant(A[..., half:, half:] - C @ A_B, floor)
+    lower = S_inverse @ C_A
+    upper_rows = torch.cat([A_inverse + A_B @ lower, -A_B @ S_inverse], -1)
+    return torch.cat([upper_rows, torch.cat([-lower, S_inverse], -1)], -2)
+
+
+def inverse_by_products(A: Tensor, floor: float) -> Tensor:
+    """Newton-Schulz: X <- X (2 I - A X) from X = I / 2, for the A of :func:`inverse_of_dominant`.
+
+    Rows of A sum to 2, so the residual I - A X starts as (I - S) / 2, whose powers shrink by 1 - `floor` at least, and
+    each iteration squares it. 15 iterations reach 1e-7 with a floor of 1e-3. A floor of 0 has no such bound; it is
+    treated as 1e-3.
+    """
+    digits = -math.log(torch.finfo(A.dtype).eps)
+    identity = torch.eye(A.shape[-1], dtype=A.dtype, device=A.device)
+    X = (identity / 2).expand_as(A)
+    for _ in range(math.ceil(math.log2(digits / (floor or 1e-3))) + 1):
+        X = X @ (2 * identity - A @ X)
+    return X
