@@ -344,7 +344,8 @@ class _PluginTraining(_HostEngine):
                     "from it with model.resume."
                 ) from error
         self._mark_progress(0)
-        self._save_rolling()
+        with distributed.together():  # an error of the first process ends all of them
+            self._save_rolling()
         self.monitor.end_epoch()
         if any(distributed.gathered(self._stopped)):
             raise KeyboardInterrupt
@@ -412,11 +413,11 @@ class _PluginTraining(_HostEngine):
 
     def save_model(self, epoch: int, rank1: float, save_dir: str, is_best: bool = False) -> None:
         """Save an evaluated epoch's checkpoint as the host does; the file is complete or absent."""
-        if not distributed.is_main():
-            return
-        path = self._save(f"model.pth.tar-{epoch + 1}", epoch + 1, float(rank1))
-        if self._rolling == path:
-            self._rolling = None  # evaluated: it stays
+        with distributed.together():
+            if distributed.is_main():
+                path = self._save(f"model.pth.tar-{epoch + 1}", epoch + 1, float(rank1))
+                if self._rolling == path:
+                    self._rolling = None  # evaluated: it stays
 
     def _save_rolling(self) -> None:
         """Replace the checkpoint of the previous epoch by the newest, unless the previous one was evaluated."""
