@@ -1,4 +1,4 @@
-"""The command line: the host's flags and overrides, none swallowed."""
+"""The command line: the host's flags and overrides, none of them lost."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_a_mistake_is_one_line(line: str, complaint: str) -> None:
 
 
 def host_parser() -> argparse.ArgumentParser:
-    """A parser of the shape of the host's, which swallows what follows a flag of several words."""
+    """A parser like the host's, which takes all words after a flag of several words."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--config-file", default="")
     for names in (("-s", "--sources"), ("-t", "--targets"), ("--transforms",)):

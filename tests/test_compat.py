@@ -27,7 +27,7 @@ def mended() -> None:
     register()
 
 
-def test_mending_twice_changes_nothing_more() -> None:
+def test_applying_the_corrections_twice_changes_nothing_more() -> None:
     before = [
         vars(torchreid.utils).copy(),
         vars(torchreid.metrics).copy(),
@@ -80,7 +80,7 @@ def test_a_checkpoint_that_the_host_saved_loads_again_by_the_hosts_own_functions
 
 
 def rewritten(path: Path, rewrite: Any) -> Path:
-    """The checkpoint with another pickle in it."""
+    """Return the checkpoint with its pickle rewritten."""
     changed = io.BytesIO()
     with zipfile.ZipFile(path) as old, zipfile.ZipFile(changed, "w") as new:
         for name in old.namelist():
@@ -109,7 +109,7 @@ class RunsCode:
 
 
 def hidden_behind_python_2_text(proof: Path) -> bytes:
-    """A pickle that the weights-only reader leaves at its first string, and plain pickle runs through."""
+    """A pickle that ends the weights-only reader at its first string; plain pickle executes all of it."""
     code = pickle.dumps(RunsCode(proof), protocol=2)[2:]  # without the header
     return b"\x80\x02" + b"U\x01\xff" + b"0" + code
 
@@ -180,7 +180,7 @@ def test_the_host_counts_the_parameters_and_products_of_attention() -> None:
 
 
 def literal_cmc(distances: Any, query: Any, gallery: Any) -> tuple[Any, float]:
-    """CMC up to rank 50 and mAP by the definition, with (identity, camera) pairs."""
+    """Return CMC up to rank 50 and mAP by their definition, for (identity, camera) pairs."""
     curves, precisions = [], []
     for row, (identity, camera) in zip(distances, query, strict=True):
         kept = [pair for _, pair in sorted(zip(row, gallery, strict=True)) if pair != (identity, camera)]

@@ -31,7 +31,7 @@ def one_line(error: pytest.ExceptionInfo[UserError]) -> str:
     return str(error.value)
 
 
-def test_defaults_are_those_of_the_paper_and_of_the_host() -> None:
+def test_the_defaults_are_those_of_the_paper_and_of_the_host() -> None:
     config = default_config()
     assert (config.csalr.landmarks, config.csalr.groups, config.csalr.stages) == ((12, 8), 2, (1, 2, 3))
     assert (config.csalr.supervision_weight, config.csalr.key_ratio) == (1.0, 0.25)
@@ -46,13 +46,13 @@ def test_every_setting_of_the_table_has_a_default_that_its_own_check_allows() ->
 
 
 @pytest.mark.parametrize("key", ["model.name", "MODEL.NAME", "Model.Name"])
-def test_keys_are_taken_in_any_case_from_a_list(key: str) -> None:
+def test_keys_in_a_list_may_be_in_any_case(key: str) -> None:
     config = default_config()
     config.merge_from_list([key, "pcb_csalr"])
     assert config.model.name == "pcb_csalr"
 
 
-def test_keys_are_taken_in_any_case_from_a_file(tmp_path: Path) -> None:
+def test_keys_in_a_file_may_be_in_any_case(tmp_path: Path) -> None:
     file = tmp_path / "some.yaml"
     file.write_text(
         "MODEL:\n  NAME: pcb\ntrain: {LR: 1e-3, max_epoch: 3}\nCSALR:\n  Groups: 4\n  RPP: {pcb_epochs: 7}\n"
@@ -64,7 +64,7 @@ def test_keys_are_taken_in_any_case_from_a_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("given", ["6,4", "(6, 4)", "[6,4]", "[6, 4]", [6, 4], (6, 4)])
-def test_landmarks_are_taken_in_every_usual_spelling(given: object) -> None:
+def test_landmarks_may_be_spelled_in_every_usual_way(given: object) -> None:
     config = default_config()
     config.merge_from_list(["csalr.landmarks", given])
     assert config.csalr.landmarks == (6, 4)
@@ -162,7 +162,7 @@ def test_text_becomes_the_type_of_its_key(key: str, text: str, value: object) ->
         ("csalr.landmarks", "9999,1", "two positive integers of at most 1000"),
     ],
 )
-def test_a_value_that_is_not_allowed_is_one_line_with_key_value_and_what_is_allowed(
+def test_a_value_that_is_not_allowed_is_one_line_with_the_key_the_value_and_the_allowed_values(
     key: str, value: object, allowed: str
 ) -> None:
     with pytest.raises(UserError) as error:
@@ -245,7 +245,7 @@ def test_a_tilde_in_a_path_is_the_home_folder(key: str, tmp_path: Path, monkeypa
         ("zzz", "Known groups: use_gpu, model"),
     ],
 )
-def test_an_unknown_key_is_told_with_the_nearest(key: str, nearest: str) -> None:
+def test_an_unknown_key_is_reported_with_the_nearest_name(key: str, nearest: str) -> None:
     with pytest.raises(UserError, match="unknown config key") as error:
         default_config().merge_from_list([key, "1"])
     assert nearest in one_line(error)
@@ -315,7 +315,7 @@ def test_a_file_name_that_is_too_long_is_missing() -> None:
         find_config("x" * 300 + ".yaml")
 
 
-def test_a_file_with_a_mistyped_key_is_told_as_an_override_is(tmp_path: Path) -> None:
+def test_a_mistyped_key_in_a_file_is_reported_as_on_the_command_line(tmp_path: Path) -> None:
     file = tmp_path / "a.yml"
     file.write_text("csalr:\n  landmark: [12, 8]\n")
     with pytest.raises(UserError, match=r"unknown config key 'csalr\.landmark'.*'csalr\.landmarks'"):
@@ -378,7 +378,7 @@ def test_a_relative_path_finds_the_plugins_own_copy_installed_or_in_a_checkout(
         (["train.start_epoch", "3", "model.resume", "a.pth"], r"'train\.start_epoch' is 3; it must be 0 together with"),
     ],
 )
-def test_validate_tells_settings_that_do_not_go_together(overrides: list[str], complaint: str) -> None:
+def test_validate_reports_settings_that_cannot_be_combined(overrides: list[str], complaint: str) -> None:
     config = default_config()
     config.merge_from_list(overrides)
     with pytest.raises(UserError, match=complaint) as error:
@@ -386,7 +386,7 @@ def test_validate_tells_settings_that_do_not_go_together(overrides: list[str], c
     one_line(error)
 
 
-def test_validate_checks_what_code_has_set_too() -> None:
+def test_validate_also_checks_values_that_code_has_set() -> None:
     config = default_config()
     config.csalr.stages = [1, 7]
     with pytest.raises(UserError, match=r"csalr\.stages"):
@@ -419,7 +419,7 @@ def test_a_recorded_setting_that_is_not_allowed_is_one_line_that_names_the_check
         config.take_over({"train.lr": -1.0}, training_keys(config), defaults, "Checkpoint 'x'")
 
 
-def test_what_a_checkpoint_records_as_settings_is_data_only() -> None:
+def test_only_data_counts_as_the_settings_of_a_checkpoint() -> None:
     assert recorded_settings({"settings": [1]}) == recorded_settings({}) == {}
     assert recorded_settings({"settings": {"train.lr": 0.1, "a": object(), 3: 4}}) == {"train.lr": 0.1}
 
@@ -456,7 +456,7 @@ def test_the_active_config_is_the_default_until_one_is_set() -> None:
         assert set_active_config(None) is config
 
 
-def test_a_mistake_in_the_settings_is_told_before_torch_is_loaded() -> None:
+def test_a_mistake_in_the_settings_is_reported_before_torch_is_loaded() -> None:
     program = (
         "import sys\nfrom csalr_plugin.errors import UserError\n"
         "from csalr_plugin.hosts.torchreid.config import default_config\n"

@@ -51,7 +51,7 @@ def settings(data: Path, folder: Path, *overrides: Any) -> Config:
     return config
 
 
-# A host's model that trains in a second: what is tested is the engine's.
+# A model of the host that trains in a second, for tests of the engine alone.
 SMALL = ("model.name", "osnet_x0_25", "train.staged_lr", False)
 
 
@@ -108,7 +108,7 @@ def test_the_gradient_that_is_applied_is_that_of_eq_18(tiny_data: Path, tmp_path
     torch.testing.assert_close(weight.grad, by_hand, rtol=1e-4, atol=1e-7)
 
 
-def test_the_triplet_loss_is_weighted_beside_the_sum_of_the_parts(tiny_data: Path, tmp_path: Path) -> None:
+def test_the_triplet_loss_is_weighted_and_added_to_the_sum_of_the_parts(tiny_data: Path, tmp_path: Path) -> None:
     overrides = ("loss.name", "triplet", "loss.triplet.weight_t", 0.7, "loss.triplet.weight_x", 1.0)
     sampler = ("sampler.train_sampler", "RandomIdentitySampler", "sampler.num_instances", 2)
     engine = make_engine(settings(tiny_data, tmp_path, *overrides, *sampler))
@@ -118,7 +118,9 @@ def test_the_triplet_loss_is_weighted_beside_the_sum_of_the_parts(tiny_data: Pat
     assert summary["L_F"] > 0.7 * summary["triplet"]
 
 
-def test_blocks_and_gates_have_rates_of_their_own_and_gates_no_decay(tiny_data: Path, tmp_path: Path) -> None:
+def test_blocks_and_gates_have_their_own_learning_rates_and_gates_no_weight_decay(
+    tiny_data: Path, tmp_path: Path
+) -> None:
     config = settings(tiny_data, tmp_path, "csalr.attention_lr", 0.5, "csalr.gate_lr", 0.2)
     engine = make_engine(config)
     groups = {group.get("role"): group for group in engine.optimizer.param_groups}
@@ -207,12 +209,12 @@ def test_a_loss_that_is_not_finite_stops_with_one_line_and_the_last_checkpoint_s
 
 
 def small(data: Path, folder: Path, *overrides: Any) -> Config:
-    """Settings of a training that takes a second an epoch."""
+    """Return settings of a training that takes a second per epoch."""
     return settings(data, folder, *SMALL, "train.max_epoch", 1, *overrides)
 
 
 def last_checkpoint_in(error: BaseException) -> Path:
-    """The checkpoint that a message names."""
+    """Return the checkpoint that a message names."""
     match = re.search(r"checkpoint is '([^']+)'", str(error))
     assert match, str(error)
     return Path(match[1])
@@ -260,7 +262,7 @@ def test_exhausted_memory_is_one_line_with_the_last_checkpoint(
 
 @pytest.fixture
 def file_limit() -> Iterator[Callable[[int], None]]:
-    """A function that lets no file of this process grow above a size, as a full disk does."""
+    """A function that limits the size of files that this process writes, like a full disk."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
     resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
@@ -324,7 +326,7 @@ def test_a_folder_that_cannot_be_written_during_training_is_one_line(
         train(small(tiny_data, tmp_path))
 
 
-def test_what_a_killed_run_left_unfinished_is_removed_by_the_next(tiny_data: Path, tmp_path: Path) -> None:
+def test_the_unfinished_checkpoint_of_a_killed_run_is_removed_by_the_next_run(tiny_data: Path, tmp_path: Path) -> None:
     unfinished = tmp_path / "model" / ".model.pth.tar-1.unfinished"
     unfinished.parent.mkdir()
     unfinished.write_bytes(b"half of it")
@@ -333,7 +335,7 @@ def test_what_a_killed_run_left_unfinished_is_removed_by_the_next(tiny_data: Pat
 
 
 class ClosedConsole(io.StringIO):
-    """A console that nobody reads any more after a certain text."""
+    """A console that is closed by its reader after a certain text."""
 
     def __init__(self, last: str) -> None:
         super().__init__()
@@ -556,7 +558,7 @@ def test_the_hosts_feature_extractor_takes_a_checkpoint_of_the_plugins(tiny_data
 
 
 def same_start(engine: Any, *others: Any, mixing: bool = True) -> None:
-    """Weights that are alike, gates that are open, no dropout; without `mixing` batch norms that see no batch."""
+    """Equal weights, open gates and no dropout; without `mixing`, batch norms in eval mode."""
     for block in engine.network.attention.values():
         nn.init.constant_(block.alpha, 0.3)
     for one in (engine, *others):
@@ -580,7 +582,7 @@ def assert_same_weights(engine: Any, other: Any, **tolerance: float) -> None:
 def test_accumulated_batches_make_the_step_of_the_large_batch(
     tiny_data: Path, tmp_path: Path, accumulate: int, first_of: int
 ) -> None:
-    # A limit that clips: it must apply once, to the whole gradient.
+    # A limit that is exceeded: it must apply once, to the whole gradient.
     keys = ("csalr.clip_gradient", 0.02, "csalr.warmup", 0)
     large = make_engine(settings(tiny_data, tmp_path, *keys))
     small = make_engine(settings(tiny_data, tmp_path, *keys, "csalr.accumulate", accumulate))
@@ -670,7 +672,7 @@ def test_the_hosts_own_resuming_reads_a_checkpoint_with_a_loss_scale_and_carries
     assert fresh.scaler.get_scale() == 1024
 
 
-def test_fp16_computes_the_loss_of_fp32_to_its_precision_and_the_triplet_loss_too(
+def test_fp16_gives_the_loss_of_fp32_to_its_precision_with_the_triplet_loss_too(
     tiny_data: Path, tmp_path: Path
 ) -> None:
     loss = ("loss.name", "triplet", "sampler.train_sampler", "RandomIdentitySampler", "sampler.num_instances", 2)
@@ -712,9 +714,7 @@ def test_a_step_that_overflows_fp16_is_left_out_and_training_goes_on_with_half_t
     assert not all(torch.equal(value, before[name]) for name, value in engine.network.named_parameters())
 
 
-def test_a_loss_scale_that_collapses_stops_with_one_line_and_the_weights_as_they_were(
-    tiny_data: Path, tmp_path: Path
-) -> None:
+def test_a_loss_scale_that_collapses_stops_with_one_line_and_unchanged_weights(tiny_data: Path, tmp_path: Path) -> None:
     engine = make_engine(settings(tiny_data, tmp_path, *SMALL, "csalr.amp", "fp16"))
     engine.model.train()
     batch = next(iter(engine.train_loader))
@@ -785,7 +785,7 @@ def test_a_network_with_refined_parts_compiles_to_one_graph_in_both_phases() -> 
 
 @pytest.fixture
 def compile_with(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """torch.compile with a backend that needs no compiler of the machine's."""
+    """torch.compile with a backend that needs no compiler on this machine."""
     torch._dynamo.reset()
     whole = torch.compile
 
@@ -795,7 +795,7 @@ def compile_with(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     return choose
 
 
-def test_a_compiled_network_trains_saves_resumes_and_embeds_as_one_that_is_not(
+def test_a_compiled_network_trains_saves_resumes_and_embeds_like_an_uncompiled_one(
     tiny_data: Path, tmp_path: Path, compile_with: Callable[..., None]
 ) -> None:
     graphs: list[Any] = []
@@ -847,7 +847,7 @@ def test_a_network_that_cannot_be_compiled_here_is_one_line_that_names_the_key(
     assert "\n" not in str(error.value)
 
 
-def test_an_iteration_waits_for_the_device_twice_however_many_numbers_it_reports(
+def test_an_iteration_synchronises_with_the_device_twice_for_any_number_of_metrics(
     tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine = make_engine(settings(tiny_data, tmp_path, "csalr.stages", (1, 2, 3)))
@@ -866,7 +866,7 @@ def test_an_iteration_waits_for_the_device_twice_however_many_numbers_it_reports
     assert waits == ["tolist", "tolist"]
 
 
-def test_threads_that_only_take_over_that_autocast_is_on_compute_in_its_dtype() -> None:
+def test_autocast_in_the_threads_of_data_parallel_has_the_dtype_of_the_main_thread() -> None:
     network, seen = nn.Linear(2, 2), []
     keep_autocast_in_threads(network, torch.autocast("cpu", dtype=torch.float16))
 

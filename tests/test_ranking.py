@@ -1,4 +1,4 @@
-"""Ranking: the host's own CMC and mAP to the last bit, in little memory."""
+"""Ranking gives the host's own CMC and mAP to the last bit, in little memory."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def test_a_large_gallery_is_ranked_as_the_host_does(kind: Any) -> None:
 
 
 @pytest.mark.parametrize("max_rank", [34, 35, 36, 40, 41])
-def test_max_rank_beyond_what_some_query_has_left_gives_the_hosts_curve(max_rank: int) -> None:
+def test_a_max_rank_above_the_images_of_some_query_gives_the_hosts_curve(max_rank: int) -> None:
     rng = np.random.default_rng(max_rank)
     identities, cameras = np.repeat(np.arange(8), 5), np.tile([0, 0, 0, 0, 1], 8)
     cameras[:5] = [0, 0, 0, 0, 0]  # the largest group: five of 40 are left out
@@ -127,7 +127,7 @@ def test_the_cuhk03_metric_is_the_hosts_under_the_same_seed() -> None:
 
 
 @pytest.mark.parametrize("cuhk03", [False, True])
-def test_no_query_with_a_match_is_told_in_one_line(cuhk03: bool) -> None:
+def test_a_gallery_without_a_match_is_one_line(cuhk03: bool) -> None:
     # One identity is only in the query's own camera, the other nowhere.
     who = (np.array([1, 2]), np.array([1, 3, 4]), np.array([0, 0]), np.array([0, 0, 1]))
     with pytest.raises(UserError, match=r"none of the 2 query images .* the 3 gallery images") as told:
@@ -149,7 +149,7 @@ def test_ranking_takes_less_memory_than_the_distances(kind: Any) -> None:
     assert peak < matrix.nbytes / 2
 
 
-def test_only_a_query_with_a_stranger_as_far_as_a_match_has_its_gallery_sorted_as_the_host_does(
+def test_the_whole_gallery_is_sorted_only_for_a_query_with_a_tie_between_a_match_and_another_identity(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     rng = np.random.default_rng(0)

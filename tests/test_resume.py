@@ -100,7 +100,7 @@ def resumed(
         (("train.lr_scheduler", "cosine", "train.max_epoch", 6), 0.01 / 2),
     ],
 )
-def test_the_rate_and_the_schedule_that_are_given_now_count_and_what_is_not_given_goes_on(
+def test_a_rate_or_schedule_that_is_given_now_counts_and_the_rest_is_the_checkpoint_s(
     overrides: tuple[Any, ...], rate: float, checkpoint: Callable[..., Path], tiny_data: Path, tmp_path: Path
 ) -> None:
     config, _, optimizer, scheduler = resumed(tiny_data, tmp_path, checkpoint(), *overrides)

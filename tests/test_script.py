@@ -117,7 +117,7 @@ def script(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Noise in the Market-1501 layout: four identities to train on, three to find, two cameras."""
+    """Noise in the layout of Market-1501: four training identities, three query identities, two cameras."""
     root = tmp_path_factory.mktemp("data")
     home = root / "market1501" / "Market-1501-v15.09.15"
     rng = np.random.default_rng(0)
@@ -296,7 +296,7 @@ def test_an_image_that_does_not_decode_is_named_before_training(
     assert "Start training" not in captured.out
 
 
-def test_a_script_without_settings_gets_its_words_untouched_and_the_models(
+def test_a_script_without_settings_gets_its_words_unchanged_and_the_models(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "neighbour.py").write_text("NAME = 'neighbour'\n")
@@ -367,7 +367,7 @@ def empty_script(tmp_path: Path) -> str:
     return str(tmp_path / "x.py")
 
 
-def test_a_mistake_in_a_loaders_worker_is_still_one_line(
+def test_an_error_in_a_worker_of_the_loader_is_one_line(
     empty_script: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*_: object) -> None:

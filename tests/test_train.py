@@ -1,4 +1,4 @@
-"""Bad input to `csalr train`: one line, exit code 2, nothing lost."""
+"""Bad input to `csalr train` is one line and exit code 2, and no file is lost."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def arguments(data: Path, folder: Path, *overrides: Any) -> list[str]:
 
 
 def refusal(capsys: pytest.CaptureFixture[str], *words: str) -> str:
-    """The one line that the command refuses `words` with."""
+    """Return the one line with which the command refuses `words`."""
     assert main(list(words)) == 2
     said = capsys.readouterr().err.splitlines()
     lines = [line for line in said if line.strip() and not line.startswith("Checking images")]  # the progress bar
@@ -52,7 +52,7 @@ def refusal(capsys: pytest.CaptureFixture[str], *words: str) -> str:
         (("--config-file", "none.yaml"), ("none.yaml", "does not exist")),
     ],
 )
-def test_a_bad_setting_is_one_line_that_names_it_and_what_is_allowed(
+def test_a_bad_setting_is_one_line_that_names_it_and_the_allowed_values(
     tiny_data: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],

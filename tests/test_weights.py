@@ -547,7 +547,7 @@ def test_an_optimizer_state_of_an_unknown_parameter_is_refused() -> None:
 
 
 @pytest.mark.parametrize("name", ["SGD", "Adam", "RMSprop", "AdamW"])
-def test_an_optimizer_s_own_state_passes_and_another_s_does_not(name: str) -> None:
+def test_the_state_of_the_same_optimizer_passes_and_that_of_another_does_not(name: str) -> None:
     check_optimizer_state(stepped(name), stepped(name).state_dict(), "m.pth")
     other = stepped("SGD" if name != "SGD" else "Adam").state_dict()
     assert f"not the state of {name}" in refused(check_optimizer_state, stepped(name), other, "m.pth")

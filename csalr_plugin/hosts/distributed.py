@@ -1,8 +1,8 @@
-"""Several processes that train one model: started by torchrun, or by what starts them alike.
+"""Training one model in several processes, started by torchrun or a launcher that sets the same variables.
 
-A process is told its place by the variables that torchrun sets. With CUDA each has a GPU of its own and gradients go by
-NCCL; without, all go by gloo. What happens in one process alone is an error of that process, and ends the others; what
-every process finds is told once.
+torchrun's environment variables give each process its rank. With CUDA each process has its own GPU and gradients are
+exchanged by NCCL; without CUDA everything is exchanged by gloo. An error in one process ends all of them. An error that
+every process finds is printed once.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from torch import Tensor, distributed, nn
 from torch.distributed.nn.functional import all_gather
 
 from csalr_plugin.attention.batch_norm import world_size
-from csalr_plugin.errors import SharedError, UserError, first_line
+from csalr_plugin.errors import SharedError, UserError, first_line, shown
+from csalr_plugin.hosts.keys import integer
 
 __all__ = [
     "GlobalDropout",
@@ -48,36 +49,36 @@ __all__ = [
 
 T = TypeVar("T")
 
-_TIMEOUT = timedelta(minutes=30)  # the others wait so long while one re-ranks, say
+_TIMEOUT = timedelta(minutes=30)  # for example while the first process re-ranks
 
 
 def rank() -> int:
-    """This process's number, from 0."""
+    """Return this process's rank, from 0."""
     return distributed.get_rank() if world_size() > 1 else 0
 
 
 def is_main() -> bool:
-    """Whether this process is the one that prints, logs and saves."""
+    """Return whether this process is the one that prints, logs and saves."""
     return rank() == 0
 
 
 def local_rank() -> int:
-    """This process's number on its machine, from 0."""
+    """Return this process's rank on its machine, from 0."""
     return _variable("LOCAL_RANK") if world_size() > 1 else 0
 
 
 @contextmanager
 def process_group(use_gpu: bool, backend: str = "cpu:gloo,cuda:nccl") -> Iterator[None]:
-    """Meet the other processes that torchrun started, for the length of a with statement; alone it does nothing.
+    """Join the other processes that torchrun started, inside a with statement; a single process does nothing.
 
-    Meanwhile the first process alone writes to the console; the others' errors are still told.
+    Inside the with statement only the first process writes to the console; errors of the others are still printed.
 
     Args:
-        use_gpu: whether to compute on this process's GPU, where there is CUDA.
-        backend: of torch.distributed with a GPU; without it is gloo.
+        use_gpu: whether to compute on this process's GPU, if there is CUDA.
+        backend: the backend of torch.distributed with a GPU; without a GPU it is gloo.
 
     Raises:
-        UserError: the processes cannot meet, or there are more on this machine than GPUs.
+        UserError: the processes cannot connect, or there are more processes on this machine than GPUs.
     """
     if _variable("WORLD_SIZE", 1) == 1:
         yield
@@ -95,7 +96,7 @@ def process_group(use_gpu: bool, backend: str = "cpu:gloo,cuda:nccl") -> Iterato
         distributed.init_process_group(backend if gpu else "gloo", timeout=_TIMEOUT)
     except (RuntimeError, ValueError, OSError) as error:
         raise UserError(
-            f"{os.environ['WORLD_SIZE']} processes were announced (WORLD_SIZE), and they cannot meet "
+            f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, and the processes cannot connect "
             f"({first_line(error)}): start them with torchrun, and several machines with the same --rdzv-endpoint."
         ) from error
     with open(os.devnull, "w") as nowhere, warnings.catch_warnings():
@@ -105,27 +106,28 @@ def process_group(use_gpu: bool, backend: str = "cpu:gloo,cuda:nccl") -> Iterato
             warnings.simplefilter("ignore")
             with redirect_stdout(nowhere):
                 yield
-    # Not after an error: the others may not come.
+    # Not after an error: the other processes may not take part.
     distributed.destroy_process_group()
 
 
 def _variable(name: str, default: int = 0) -> int:
     try:
-        return int(os.environ.get(name, default))
+        return int(integer(0).parse(os.environ.get(name, default)))
     except ValueError:
         raise UserError(
-            f"environment variable {name} is {os.environ[name]!r}; it must be an integer, as torchrun sets it."
+            f"environment variable {name} is {shown(os.environ[name])}; it must be an integer of at least 0, as "
+            "torchrun sets it."
         ) from None
 
 
 @contextmanager
 def together() -> Iterator[None]:
-    """Let a user's mistake that any process finds end all of them, and be told once.
+    """End all processes if any of them raises a UserError in the with statement, and print the error once.
 
-    What is done in the with statement must not need the other processes.
+    The with statement must not contain collective operations.
 
     Raises:
-        SharedError: of the first process that found one; in a training of one process the error itself.
+        SharedError: the error of the first process that raised one; in a single process the error itself.
     """
     if world_size() == 1:
         yield
@@ -143,7 +145,7 @@ def together() -> Iterator[None]:
 
 
 def one_first(build: Callable[[], T]) -> T:
-    """What `build` returns, called by one process a machine before the others: it may download.
+    """Call `build` in one process per machine, then in the others, and return its result: it may download files.
 
     Raises:
         UserError: as `together`.
@@ -157,7 +159,7 @@ def one_first(build: Callable[[], T]) -> T:
 
 
 def from_main(value: T) -> T:
-    """The first process's `value`, anything that can be pickled."""
+    """Return the `value` of the first process, any object that can be pickled."""
     if world_size() == 1:
         return value
     values = [value]
@@ -166,7 +168,7 @@ def from_main(value: T) -> T:
 
 
 def gathered(value: T) -> list[T]:
-    """Every process's `value`, in the order of the processes."""
+    """Return the `value` of every process, in the order of the ranks."""
     values: list[Any] = [value] * world_size()
     if world_size() > 1:
         distributed.all_gather_object(values, value)
@@ -174,12 +176,12 @@ def gathered(value: T) -> list[T]:
 
 
 def numbers(values: Mapping[str, float | Tensor]) -> dict[str, float]:
-    """Each value of this process as a number, by one transfer: each `item()` would let a GPU run dry."""
+    """Return this process's values as numbers, by one transfer: each `item()` would make a GPU wait."""
     return dict(zip(values, _vector(values).tolist(), strict=True))
 
 
 def means(values: Mapping[str, float | Tensor]) -> dict[str, float]:
-    """The mean of each value over all processes; every process has the same names."""
+    """Return the mean of each value over all processes; every process must have the same names."""
     vector = _vector(values)
     if values and (world := world_size()) > 1:
         distributed.all_reduce(vector)
@@ -199,7 +201,7 @@ def _vector(values: Mapping[str, float | Tensor]) -> Tensor:
 
 
 def embeddings_of_all(embeddings: Tensor, identities: Tensor) -> tuple[Tensor, Tensor]:
-    """The batches of all processes as one, (B, width) and (B,) each; gradients find their way back."""
+    """Return the batches of all processes as one, (B, width) and (B,); gradients flow back to each process."""
     if world_size() == 1:
         return embeddings, identities
     others = [torch.empty_like(identities) for _ in range(world_size())]
@@ -209,23 +211,24 @@ def embeddings_of_all(embeddings: Tensor, identities: Tensor) -> tuple[Tensor, T
 
 
 def share_buffers(network: nn.Module) -> None:
-    """Give every process the first one's buffers: running statistics differ where batch norm is not synchronised."""
+    """Copy the first process's buffers to all: without synchronised batch norm, running statistics differ."""
     if world_size() > 1:
         for buffer in network.buffers():
             distributed.broadcast(buffer, src=0)
 
 
 def rows_of(number: int, rows: int) -> range:
-    """The share of process `number` of `rows` rows: consecutive ones."""
+    """Return the share of process `number` of `rows` rows, which are consecutive."""
     each = -(-rows // world_size())
     return range(min(rows, number * each), min(rows, (number + 1) * each))
 
 
 def collect_rows(table: Tensor) -> None:
-    """Bring each process's share of a table's rows to the first one; see `rows_of`.
+    """Copy each process's share of a table's rows into the first process's table; see `rows_of`.
 
     Args:
-        table: (rows, width) on the CPU: in the first process all rows, filled with its own, in the others theirs.
+        table: (rows, width) on the CPU. In the first process it has all rows, and its own are filled in; in the other
+            processes it has their own rows alone.
     """
     if not is_main():
         if len(table):
@@ -237,10 +240,10 @@ def collect_rows(table: Tensor) -> None:
 
 
 class GlobalDropout(nn.Dropout):
-    """Dropout that draws for the batches of all processes and takes this one's: as one process would draw."""
+    """Dropout that draws a mask for the batches of all processes and uses this process's part, as one process would."""
 
     def forward(self, input: Tensor) -> Tensor:
-        """(B, ...) -> the same shape; every process's batch is as large, and its random state the same."""
+        """(B, ...) -> (B, ...); B and the random state must be the same in every process."""
         if not self.training or world_size() == 1:
             return super().forward(input)
         mask = nn.functional.dropout(torch.cat([torch.ones_like(input)] * world_size()), self.p)
@@ -248,14 +251,14 @@ class GlobalDropout(nn.Dropout):
 
 
 def draw_as_one(network: nn.Module) -> None:
-    """Let the dropout layers of `network` draw as they do in one process."""
+    """Make the dropout layers of `network` draw as they do in one process."""
     for module in network.modules():
         if type(module) is nn.Dropout:
             module.__class__ = GlobalDropout
 
 
 def is_lost(error: BaseException) -> bool:
-    """Whether `error` says that another process is gone."""
+    """Return whether `error` means that another process has ended."""
     if world_size() == 1 or not isinstance(error, RuntimeError):
         return False
     if isinstance(error, distributed.DistError):
@@ -265,18 +268,18 @@ def is_lost(error: BaseException) -> bool:
 
 
 def run_under_torchrun(command: Sequence[str], processes: int, machines: int, machine: int, address: str) -> int:
-    """Start `command` in `processes` processes on this machine, one of `machines`; return the exit code.
+    """Start `command` in several processes on this machine, and return the exit code.
 
-    Errors are told by the processes themselves, not by torchrun.
+    The processes print their errors themselves; torchrun does not.
 
     Args:
         command: program and arguments.
-        processes: on each machine.
-        machines, machine: how many there are, and which this one is, from 0.
+        processes: the number of processes on each machine.
+        machines, machine: the number of machines, and the index of this one, from 0.
         address: "tcp://HOST:PORT" of the first machine; unused for one machine.
 
     Raises:
-        UserError: the machines cannot meet, or the processes were killed.
+        UserError: the machines cannot connect, or the processes were killed.
     """
     from torch.distributed import run
     from torch.distributed.elastic.multiprocessing.api import SignalException
@@ -297,23 +300,23 @@ def run_under_torchrun(command: Sequence[str], processes: int, machines: int, ma
     except ChildFailedError as error:
         codes = [failure.exitcode for failure in error.failures.values()]
         if code := next((code for code in codes if code > 0), 0):
-            return code  # the process itself has said why
+            return code  # the process itself has printed the error
         raise UserError(
-            f"Training stopped: its processes were killed by signal {-codes[0]}, by someone or for want of memory; "
+            f"Training stopped: its processes were killed by signal {-codes[0]}, perhaps for lack of memory; "
             "go on from the last checkpoint with --resume."
         ) from None
     except SignalException as error:
         return 128 + int(error.sigval)
     except distributed.DistError as error:
         raise UserError(
-            f"--dist-url '{address}': {machines} machines cannot meet there ({first_line(error)}); give all of them "
-            "the address of the one with --machine-rank 0, and a free port."
+            f"--dist-url '{address}': {machines} machines cannot connect ({first_line(error)}); give all of them the "
+            "address of the machine with --machine-rank 0, and a free port."
         ) from error
     return 0
 
 
 def free_port() -> int:
-    """A port of this machine that nothing listens on."""
+    """Return a port of this machine on which nothing listens."""
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
         return int(server.getsockname()[1])

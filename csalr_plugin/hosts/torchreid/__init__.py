@@ -1,4 +1,4 @@
-"""The plugin inside torchreid, its PyPI package and its repository alike."""
+"""The torchreid adapter, for its PyPI package and its repository."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ def host() -> ModuleType:
 
 
 def register() -> None:
-    """Add the plugin's models to torchreid's registry, and mend what torchreid lacks on today's torch.
+    """Add the plugin's models to torchreid's registry, and correct torchreid for today's torch (see `compat`).
 
-    May be called again. Each model is built with the settings of the active config's node `csalr`, by
-    default the paper's.
+    It may be called again. Each model is built with the settings of the active config's node `csalr`, by default those
+    of the paper.
 
     Raises:
         UserError: torchreid is not installed, or has a model of its own under one of the names.
@@ -49,7 +49,7 @@ def register() -> None:
 
 
 def model_registry() -> dict[str, Callable[..., Any]]:
-    """Return torchreid's own dictionary of models, the plugin's among them.
+    """Return torchreid's own dictionary of models, including those of the plugin.
 
     Raises:
         UserError: torchreid is not installed, or has a model of its own under one of the plugin's names.
@@ -59,7 +59,7 @@ def model_registry() -> dict[str, Callable[..., Any]]:
 
 
 def dataset_names(kind: str) -> tuple[str, ...]:
-    """Return the datasets that torchreid knows; `kind` is "image" or "video".
+    """Return the names of torchreid's datasets; `kind` is "image" or "video".
 
     Raises:
         UserError: torchreid is not installed.
@@ -74,7 +74,7 @@ def _registry() -> dict[str, Callable[..., Any]]:
 
 def _entry(name: str) -> Callable[..., Any]:
     def build(num_classes: int, loss: str = "softmax", pretrained: bool = True, **_: Any) -> Any:
-        # The host also passes use_gpu, which no model here needs.
+        # The host also passes use_gpu, which these models do not need.
         from csalr_plugin.hosts.torchreid.config import active_config
         from csalr_plugin.models import build_model
 

@@ -1,4 +1,4 @@
-"""The arguments of the host's train script, parsed so that no override is lost."""
+"""Parsing the arguments of the host's train script, without losing overrides."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from csalr_plugin.command_line import Parser
-from csalr_plugin.errors import UserError, suggest
+from csalr_plugin.errors import UserError, shown, suggest
 from csalr_plugin.hosts.torchreid.config import Config, default_config
 
 _ONE_WORD = ("--config-file", "--root")
@@ -20,7 +20,7 @@ _KEY = re.compile(r"[A-Za-z_]\w*(\.\w+)+|use_gpu", re.IGNORECASE)
 
 @dataclass
 class Arguments:
-    """What the command line said; empty means not given."""
+    """The parsed command line; empty means not given."""
 
     config_file: str = ""
     sources: list[str] = field(default_factory=list)
@@ -33,8 +33,8 @@ class Arguments:
 def parse_arguments(argv: Sequence[str], prog: str) -> Arguments:
     """Parse the flags and overrides of the host's train script.
 
-    ``-s``, ``-t`` and ``--transforms`` take words up to the next flag or config key, so overrides may stand
-    before, between and after the flags. ``--help`` prints and exits, as argparse does.
+    ``-s``, ``-t`` and ``--transforms`` take words up to the next flag or config key, so that overrides may stand
+    before, between and after the flags. ``--help`` prints the help and exits, as argparse does.
 
     Raises:
         UserError: for an unknown flag, a flag or a key without a value, or a word that is neither.
@@ -44,7 +44,7 @@ def parse_arguments(argv: Sequence[str], prog: str) -> Arguments:
 
 
 def config_from_arguments(arguments: Arguments) -> Config:
-    """Return the config that the arguments make: defaults, then file, then flags, then overrides; validated.
+    """Build the config from the defaults, the file, the flags and the overrides, in this order, and validate it.
 
     Raises:
         UserError: for any setting that is not allowed.
@@ -61,10 +61,10 @@ def config_from_arguments(arguments: Arguments) -> Config:
 
 
 def host_argv(arguments: Arguments) -> list[str]:
-    """Return the arguments in the one order in which the host's own parser reads all of them.
+    """Return the arguments in the only order in which the host's own parser reads all of them.
 
-    Its ``-s``, ``-t`` and ``--transforms`` swallow the words that follow, so ``--root`` stands between them
-    and the overrides; an empty root is one that the host ignores.
+    Its ``-s``, ``-t`` and ``--transforms`` take all words that follow, so ``--root`` must stand between them and the
+    overrides; the host ignores an empty root.
     """
     argv = ["--config-file", arguments.config_file]
     for flag in ("sources", "targets", "transforms"):
@@ -77,7 +77,7 @@ def host_argv(arguments: Arguments) -> list[str]:
 
 
 def flag_of(word: str) -> str:
-    """Return the flag alone of ``--flag=value`` or ``-fvalue``."""
+    """Return the flag of ``--flag=value`` or ``-fvalue``."""
     return word.split("=")[0] if word.startswith("--") else word[:2]
 
 
@@ -86,12 +86,14 @@ def _split(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     flags: list[str] = []
     overrides: list[str] = []
     words = list(reversed(argv))
-    collecting = False  # whether a flag that takes several words is open
+    collecting = False  # the last flag takes more words
     while words:
         word = words.pop()
         if word.startswith("-"):
             if flag_of(word) not in (*FLAGS, "-h", "--help"):
-                raise UserError(f"unknown flag '{word}'; it must be one of {', '.join(FLAGS)}.{suggest(word, FLAGS)}")
+                raise UserError(
+                    f"unknown flag {shown(word)}; it must be one of {', '.join(FLAGS)}.{suggest(word, FLAGS)}"
+                )
             flags.append(word)
             collecting = word in _MANY_WORDS
             if word in _ONE_WORD and words and not words[-1].startswith("-"):
@@ -100,11 +102,11 @@ def _split(argv: Sequence[str]) -> tuple[list[str], list[str]]:
             flags.append(word)
         elif not _KEY.fullmatch(word):
             raise UserError(
-                f"'{word}' is neither a flag nor a config key; overrides are pairs such as 'train.lr 0.1', "
+                f"{shown(word)} is neither a flag nor a config key; overrides are pairs such as 'train.lr 0.1', "
                 "and a list is one word such as 12,8."
             )
         elif not words or words[-1] in FLAGS:
-            raise UserError(f"config key '{word}' has no value; overrides are pairs: KEY VALUE.")
+            raise UserError(f"config key {shown(word)} has no value; overrides are pairs: KEY VALUE.")
         else:
             collecting = False
             overrides += [word, words.pop()]
@@ -118,9 +120,9 @@ def _parser(prog: str) -> Parser:
         f"       {' ' * len(prog)} [--root DIR] [KEY VALUE ...]",
         description="Train or evaluate a model through torchreid, with the flags and keys of its own script.",
         epilog="KEY VALUE: any config key of torchreid or of the plugin's node csalr, in any case, such as\n"
-        "  model.name pcb_csalr          which model ('csalr models' lists the plugin's)\n"
-        "  test.evaluate True            only evaluate; with model.load_weights FILE\n"
-        "  model.resume FILE             go on with an interrupted run\n"
+        "  model.name pcb_csalr          the model ('csalr models' lists the plugin's)\n"
+        "  test.evaluate True            evaluate only; with model.load_weights FILE\n"
+        "  model.resume FILE             resume a run; settings that are not given are its checkpoint's\n"
         "  csalr.landmarks 12,8          a list is one word\n\n"
         f"example:\n  {prog} --config-file configs/torchreid/pcb_384x128_sgd.yaml \\\n"
         "    -s market1501 -t market1501 --root reid-data MODEL.NAME pcb_csalr csalr.groups 2",
@@ -128,14 +130,14 @@ def _parser(prog: str) -> Parser:
         allow_abbrev=False,
     )
     parser.add_argument("--config-file", default="", metavar="FILE", help="YAML file of config keys")
-    for short, name, what in (("-s", "sources", "to train on"), ("-t", "targets", "to evaluate on")):
+    for short, name, purpose in (("-s", "sources", "to train on"), ("-t", "targets", "to evaluate on")):
         parser.add_argument(
             short,
             f"--{name}",
             nargs="+",
             default=[],
             metavar="NAME",
-            help=f"datasets {what}, or folder:PATH (data.{name})",
+            help=f"datasets {purpose}, or folder:PATH (data.{name})",
         )
     parser.add_argument(
         "--transforms", nargs="+", default=[], metavar="NAME", help="data augmentation (data.transforms)"

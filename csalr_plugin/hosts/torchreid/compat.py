@@ -46,9 +46,10 @@ def apply() -> None:
 
 
 def alias_modules(torchreid: ModuleType) -> None:
-    """Make ``torchreid.utils`` and its like modules under the PyPI package (#526, #563).
+    """Make ``torchreid.utils`` and similar names modules under the PyPI package (#526, #563).
 
-    There they are ``torchreid.reid.utils``, so that every script of the repository fails at its first import.
+    There these modules are called ``torchreid.reid.utils``, so that every script of the repository fails at its first
+    import.
     """
     inner = torchreid.__name__ + ".reid."
     for name, module in list(sys.modules.items()):
@@ -57,11 +58,11 @@ def alias_modules(torchreid: ModuleType) -> None:
 
 
 def read_weights_only(torchreid: ModuleType) -> None:
-    """Load torchreid's own checkpoints again, and keep a checkpoint from ever running code (#592).
+    """Load torchreid's own checkpoints on today's torch, and never run code from a checkpoint (#592).
 
     torchreid saves ``rank1`` as a NumPy scalar, for which torch refuses the whole file since 2.6. For a file
-    with Python 2 text in it, torchreid asks for plain pickle, which runs what the file says, and leaves the
-    module `pickle` of the whole process changed.
+    with Python 2 text, torchreid uses plain pickle, which runs code in the file, and leaves the module `pickle` of the
+    whole process changed.
     """
     _replace(load_checkpoint, torchreid.utils.torchtools, torchreid.utils)
 
@@ -194,9 +195,9 @@ def _is_ours(function: Any) -> bool:
 
 
 def leave_console_open(torchreid: ModuleType) -> None:
-    """Keep torchreid's `Logger` from closing the console that it was given.
+    """Keep torchreid's `Logger` from closing the console.
 
-    It does when it is collected, and what the same process prints afterwards is an error.
+    It does so when it is garbage-collected; later prints of the same process then raise an error.
     """
 
     def close(self: Any) -> None:
@@ -207,20 +208,20 @@ def leave_console_open(torchreid: ModuleType) -> None:
 
 
 def rank_small_galleries(torchreid: ModuleType) -> None:
-    """Rank galleries of fewer than some 50 images (#424).
+    """Rank galleries of fewer than about 50 images (#424).
 
-    The curves of queries then differ in length, which NumPy refuses to average since 1.24, and a rank in
-    ``test.ranks`` beyond them is an IndexError, after training and before the checkpoint is saved.
+    The CMC curves of queries then differ in length, which NumPy refuses to average since 1.24, and a longer rank in
+    ``test.ranks`` is an IndexError, after training and before the checkpoint is saved.
     """
     if getattr(torchreid.metrics.evaluate_rank, "__module__", None) != padded.__module__:
         _replace(padded(torchreid.metrics.evaluate_rank), torchreid.metrics, torchreid.metrics.rank)
 
 
 def count_every_product(torchreid: ModuleType) -> None:
-    """Count all parameters and products of the plugin's models; the host counts those of layers alone.
+    """Count all parameters and all matrix products of the plugin's models; the host counts those of layers alone.
 
-    Its `compute_model_complexity` misses the matrix products of attention, and gives every model of the plugin the
-    parameters and operations of PCB.
+    Its `compute_model_complexity` misses the matrix products of attention: it prints the same operations for `pcb` and
+    `pcb_csalr`.
     """
     module = torchreid.utils.model_complexity
     host_count = module.compute_model_complexity

@@ -1,4 +1,4 @@
-"""CMC and mAP as torchreid's pure-Python evaluation gives them, without its loop over the whole gallery."""
+"""CMC and mAP of torchreid's pure-Python evaluation, without its loop over the whole gallery."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ def evaluate_rank(
     max_rank: int = 50,
     use_metric_cuhk03: bool = False,
 ) -> tuple[Array, float]:
-    """Return what ``torchreid.metrics.evaluate_rank(..., use_cython=False)`` does, to the last bit, ties too.
+    """Return the result of ``torchreid.metrics.evaluate_rank(..., use_cython=False)``, to the last bit, ties included.
 
-    The cuhk03 metric, and a gallery that a query may have too few images of to fill `max_rank`, go to the host.
+    The host computes the cuhk03 metric, and galleries in which a query may have fewer than `max_rank` images.
 
     Args:
-        distances: from each query to each gallery image, (Q, G), of any real dtype; a NaN counts as farthest.
+        distances: from each query to each gallery image, (Q, G), of any real dtype; NaN counts as the farthest.
         query_ids: identities, (Q,).
         gallery_ids: identities, (G,).
         query_cameras: cameras, (Q,).
@@ -69,7 +69,8 @@ def evaluate_rank(
         own, others = own_identity[query], in_other_camera[query]
         places = _places(distances[query], own, others)
         first_matches.append(places[0])
-        # The host sums zeros along, one for each image that is no match, in pairs: a shorter sum rounds otherwise.
+        # The host's sum includes a zero for each image that is no match. NumPy sums in pairs, so a shorter sum would
+        # be rounded differently.
         precision_at[places] = np.arange(1, len(places) + 1) / (places + 1.0)
         left = len(gallery_ids) - (len(others) - len(places))
         precisions.append(precision_at[:left].sum() / len(places))
@@ -79,17 +80,18 @@ def evaluate_rank(
 
 
 def _places(row: Array, own: NDArray[np.intp], others: NDArray[np.bool_]) -> NDArray[np.intp]:
-    """Places, from 0 and ascending, of a query's matches in its ranking.
+    """Return the places of a query's matches in its ranking, from 0 and ascending.
 
     Args:
         row: the query's distances, (G,).
-        own: columns of the query's identity.
-        others: which of `own` are from another camera, at least one: the matches. The rest is left out.
+        own: the columns of the query's identity.
+        others: a mask over `own` of the images from another camera, at least one. These are the matches; the other
+            images of `own` are left out.
     """
     row = np.ascontiguousarray(row)
     own_distances = np.sort(row[own])
     matches = np.sort(row[own[others]])
-    near = np.sort(row[row <= matches[-1]])  # empty if that is a NaN, which then counts as a tie
+    near = np.sort(row[row <= matches[-1]])  # empty if the last match is NaN, which then counts as a tie
     strangers_before, strangers_to = (
         np.searchsorted(near, matches, side) - np.searchsorted(own_distances, matches, side)
         for side in ("left", "right")
@@ -97,11 +99,12 @@ def _places(row: Array, own: NDArray[np.intp], others: NDArray[np.bool_]) -> NDA
     if np.array_equal(strangers_before, strangers_to):
         return strangers_before + np.arange(len(matches))
 
-    # A stranger may be as far as a match. The host's sort is not stable: only the very same sort breaks the tie alike.
+    # Another identity may have the same distance as a match. The host's sort is not stable, so only the same sort
+    # breaks the tie alike.
     order = np.argsort(row)
-    is_folder_name, is_left_out = np.zeros((2, len(row)), dtype=bool)
-    is_folder_name[own] = True
+    is_own, is_left_out = np.zeros((2, len(row)), dtype=bool)
+    is_own[own] = True
     is_left_out[own[~others]] = True
-    places = np.flatnonzero(is_folder_name[order])
+    places = np.flatnonzero(is_own[order])
     left_out = is_left_out[order[places]]
     return (places - np.cumsum(left_out))[~left_out]

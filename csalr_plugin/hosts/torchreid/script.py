@@ -73,7 +73,7 @@ def _plugin_in_place(argv: Sequence[str]) -> Iterator[list[str]]:
 
     def get_default_config(host_defaults: Callable[[], Any]) -> Config:
         config = with_plugin_keys(host_defaults())
-        # The script sets these itself, past the merges that note what the user has given.
+        # The script assigns these directly, so that no merge marks them as given.
         flags = ("root", "sources", "targets", "transforms")
         config.given.update(f"data.{name}" for name in flags if arguments and getattr(arguments, name))
         set_active_config(config)

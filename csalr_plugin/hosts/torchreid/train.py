@@ -1,4 +1,4 @@
-"""Training, evaluating and resuming through torchreid: what `csalr train` does."""
+"""The command `csalr train`: training, evaluating and resuming through torchreid."""
 
 from __future__ import annotations
 
@@ -178,9 +178,9 @@ def build_model(
     Raises:
         UserError: ImageNet weights cannot be downloaded.
     """
-    config = active_config()
-    loads = bool(config.model.get("load_weights") or config.model.get("resume"))
-    if config.test.get("evaluate") and not loads:
+    settings = active_config().leaves()  # a script's own schema may lack these keys
+    loads = bool(settings.get("model.load_weights") or settings.get("model.resume"))
+    if settings.get("test.evaluate") and not loads:
         weights = "ImageNet" if pretrained else "random"
         print(f"Neither model.load_weights nor model.resume is given: the {weights} weights of {name} are evaluated.")
     try:
@@ -277,7 +277,7 @@ def resume_from_checkpoint(fpath: str, model: nn.Module, optimizer: Any = None, 
 
 def _load_optimizer(optimizer: torch.optim.Optimizer, saved: Any, path: str, recorded: str | None) -> None:
     """Load the state of an optimizer of the same kind; one of another kind starts without state."""
-    kind = active_config().train.get("optim")
+    kind = active_config().leaves().get("train.optim")
     if recorded is not None and recorded != kind:
         print(f"The checkpoint's optimizer is {recorded}: {kind} starts without its state.")
         return
@@ -319,7 +319,7 @@ def check_isfile(fpath: str) -> bool:
 
 
 def prepare(config: Config) -> None:
-    """Check before the run that it can succeed; set `use_gpu` to what is possible, and take resumed settings.
+    """Check before the run that it can succeed; turn `use_gpu` off without CUDA, and take resumed settings.
 
     Raises:
         UserError: settings that are not allowed, a missing data root, a save folder that cannot be written, or one
@@ -394,7 +394,7 @@ def _refuse_to_overwrite(config: Config, folder: Path) -> None:
 
 @contextlib.contextmanager
 def _alone(config: Config, folder: Path) -> Iterator[None]:
-    """Keep a second training out of `folder`, and remove what a killed one left there unfinished.
+    """Keep a second training out of `folder`, and remove the unfinished files of a killed training.
 
     The system releases the lock however the process ends.
     """
