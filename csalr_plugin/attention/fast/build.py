@@ -6,6 +6,7 @@ import ctypes
 import functools
 import hashlib
 import os
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -79,13 +80,14 @@ def compile_for(number: str) -> Path:
         OSError, RuntimeError: there is no compiler, or no writable folder.
         subprocess.SubprocessError: the compiler failed.
     """
-    compiler = os.environ.get("CXX") or next(filter(shutil.which, ("g++", "c++")), None)
-    if compiler is None:
+    # CXX may have flags of its own, as in CXX="g++ -g".
+    compiler = shlex.split(os.environ.get("CXX", "")) or list(filter(shutil.which, ("g++", "c++")))[:1]
+    if not compiler:
         raise FileNotFoundError("no C++ compiler is installed")
-    command = [compiler, "-std=c++17", "-O3", "-march=native", "-fopenmp", "-fPIC", f"-DREAL={number}"]
+    command = [*compiler, "-std=c++17", "-O3", "-march=native", "-fopenmp", "-fPIC", f"-DREAL={number}"]
     target = run([*command, "-dM", "-E", "-x", "c++", os.devnull])  # every macro that the compiler defines
     sources = b"".join(path.read_bytes() for path in sorted(SOURCES.iterdir()))
-    digest = hashlib.sha256(sources + target.encode()).hexdigest()[:16]
+    digest = hashlib.sha256(sources + target.encode() + shlex.join(compiler).encode()).hexdigest()[:16]
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "csalr_plugin"
     library = folder / f"passes-{number}-{digest}.so"
     if not library.exists():
@@ -94,7 +96,7 @@ def compile_for(number: str) -> Path:
             code, linked = Path(scratch, "code.o"), Path(scratch, "library.so")
             run([*command, "-c", str(SOURCES / "passes.cpp"), "-o", str(code)])
             # Linked without -fopenmp: the symbols resolve to torch's OpenMP, so both share one pool of threads.
-            run([compiler, "-shared", str(code), "-o", str(linked)])
+            run([*compiler, "-shared", str(code), "-o", str(linked)])
             os.replace(linked, library)
     return library
 
