@@ -440,6 +440,13 @@ def test_evaluating_without_a_checkpoint_says_which_weights_are_evaluated(
     assert "the random weights of osnet_x0_25 are evaluated" in capsys.readouterr().out
 
 
+def test_embeddings_that_are_not_finite_are_never_ranked(tiny_data: Path, tmp_path: Path) -> None:
+    engine = make_engine(small(tiny_data, tmp_path))
+    nn.init.constant_(engine.network.fc[0].weight, 3e38)  # finite, but the embeddings overflow
+    with pytest.raises(UserError, match=r"the embeddings of \d+ query images are not finite"):
+        engine.test()
+
+
 def test_results_are_printed_in_the_form_that_the_hosts_tools_read(
     tiny_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

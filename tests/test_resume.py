@@ -18,7 +18,7 @@ from csalr_plugin.hosts.torchreid import engine as engine_module
 from csalr_plugin.hosts.torchreid import register
 from csalr_plugin.hosts.torchreid.config import LR_SCHEDULER, OPTIMIZER, Config, default_config, set_active_config
 from csalr_plugin.hosts.torchreid.optimizer import build_optimizer
-from csalr_plugin.hosts.torchreid.train import build_model, prepare, resume_from_checkpoint, train
+from csalr_plugin.hosts.torchreid.train import build_model, build_network, prepare, resume_from_checkpoint, train
 from csalr_plugin.models.weights import read_checkpoint
 
 register()
@@ -272,6 +272,13 @@ def test_settings_of_another_network_are_refused_when_resuming(
     path = checkpoint("model.name", "pcb_csalr", "csalr.stages", "3", "csalr.attention_lr", 0.5)
     with pytest.raises(UserError, match=r"trained with groups 2, and this network has groups 4"):
         resumed(tiny_data, tmp_path, path, "csalr.groups", 4)
+
+
+def test_a_training_from_other_weights_is_resumed_after_these_are_gone(
+    checkpoint: Callable[..., Path], tiny_data: Path, tmp_path: Path
+) -> None:
+    config = resumed(tiny_data, tmp_path, checkpoint(), "model.load_weights", "gone.pth")[0]
+    build_network(config, 4)
 
 
 def test_a_training_that_is_done_is_only_evaluated_and_says_so(

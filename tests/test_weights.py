@@ -453,6 +453,11 @@ def not_finite(value: Tensor) -> Tensor:
         ("conv1.weight", lambda one: one.to_sparse(), "is a sparse tensor"),
         ("conv1.weight", lambda one: torch.quantize_per_tensor(one, 0.1, 0, torch.qint8), "is a quantised tensor"),
         ("conv1.weight", lambda one: one.to("meta"), "is a meta tensor"),
+        (
+            "conv1.weight",
+            lambda _: torch.zeros(1).expand(10**12),
+            "has shape (1000000000000,), and the file holds fewer",
+        ),
         ("bn1.num_batches_tracked", lambda one: one.to(torch.complex64), "'bn1.num_batches_tracked' is of dtype"),
     ],
 )
@@ -527,6 +532,7 @@ def set_in(tree: Any, path: tuple[Any, ...], value: Any) -> Any:
         (("param_groups", 0, "betas"), (0.9,), "not a list of 2"),
         (("state", 0), {"step": torch.tensor(1.0)}, "not the state of Adam"),
         (("state", 0, "exp_avg"), torch.ones(7), "'optimizer.state[0].exp_avg' has shape (7,)"),
+        (("state", 0, "exp_avg"), torch.zeros(1).expand(10**12), "and the file holds fewer numbers"),
         (("state", 0, "exp_avg"), torch.ones(4, 3, 1, 1) / 0, "is not finite"),
         (("state", 0, "exp_avg_sq"), -torch.ones(4, 3, 1, 1), "holds negative numbers"),
         (("state", 0, "exp_avg"), "much", "not a tensor or a number"),

@@ -121,10 +121,17 @@ def _parse_path(value: Any) -> str:
     return os.path.expanduser(path)
 
 
+def _parse_folder(value: Any) -> str:
+    _require(value != "")
+    return _parse_path(value)
+
+
 BOOLEAN = Check("true or false", _parse_boolean)
 TEXT = Check("text", _parse_text)
 PATH = Check("a path", _parse_path)
 """A file or folder; ``~`` and ``~user`` at its start become the home folder."""
+FOLDER = Check("the path of a folder", _parse_folder)
+"""As `PATH`, and not empty, which would be the current folder."""
 
 
 def one_of(*names: str) -> Check:

@@ -30,6 +30,7 @@ _NETWORK = "network_settings"  # an attribute of the model, and an entry of its 
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 _MOST_EPOCHS = 1_000_000
+_MOST_BYTES = 1_000_000_000  # of a tensor whose elements share memory
 
 
 def numpy_scalar_types() -> list[Any]:
@@ -263,7 +264,7 @@ def _check_state(parameter: Tensor, value: Any, key: Any, path: str | Path, name
         if fault := _fault(value, torch.float32, not_negative):
             _refuse(path, name, fault)
         if value.shape != parameter.shape and value.numel() != 1:
-            _refuse(path, name, f"has shape {tuple(value.shape)}, and the parameter has {tuple(parameter.shape)}")
+            _refuse(path, name, f"has shape {shown(tuple(value.shape))}, and the parameter {tuple(parameter.shape)}")
     elif value is not None and (not _is_number(value) or (not_negative and value < 0)):
         _refuse(path, name, f"is {shown(value)}, not a tensor or a number")
 
@@ -334,6 +335,9 @@ def _fault(value: Tensor, wanted: torch.dtype, not_negative: bool = False) -> st
         return "is a quantised tensor"
     if value.is_meta:
         return "is a meta tensor, which has no data"
+    size = value.numel() * value.element_size()
+    if size > _MOST_BYTES and size > value.untyped_storage().nbytes():
+        return f"has shape {shown(tuple(value.shape))}, and the file holds fewer numbers"
     # Counters that a tool has cast to floats, together with all weights, do no harm.
     allowed = _FLOATS if wanted in _FLOATS else (*_INTEGERS, *_FLOATS) if wanted in _INTEGERS else (wanted,)
     if value.dtype not in allowed:

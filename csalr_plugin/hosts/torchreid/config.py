@@ -12,7 +12,7 @@ from csalr_plugin.errors import UserError, shown, suggest
 from csalr_plugin.hosts import keys
 from csalr_plugin.hosts.config import CheckedConfig, read_yaml
 from csalr_plugin.hosts.folder import is_folder_name
-from csalr_plugin.hosts.keys import MANY, PATH, TEXT, Check, integer, list_of, number, one_of
+from csalr_plugin.hosts.keys import FOLDER, MANY, PATH, TEXT, Check, integer, list_of, number, one_of
 
 # The keys and defaults of the host's scripts/default_config.py, which its PyPI package does not contain.
 HOST_DEFAULTS: dict[str, Any] = {
@@ -110,7 +110,7 @@ HOST_CHECKS: dict[str, Check] = {
     "model.load_weights": PATH,
     "model.resume": PATH,
     "data.type": one_of("image", "video"),
-    "data.root": PATH,
+    "data.root": FOLDER,
     "data.sources": list_of(TEXT, least=1),
     "data.targets": list_of(TEXT, least=1),
     "data.workers": integer(0, 1000),
@@ -120,7 +120,7 @@ HOST_CHECKS: dict[str, Check] = {
     "data.k_tfm": _ONE_VIEW,
     "data.norm_mean": list_of(number(), 3),
     "data.norm_std": list_of(number(above=0), 3),
-    "data.save_dir": PATH,
+    "data.save_dir": FOLDER,
     "data.transforms": list_of(one_of("random_flip", "random_crop", "random_patch", "color_jitter", "random_erase")),
     "sampler.train_sampler": _SAMPLER,
     "sampler.train_sampler_t": _SAMPLER,

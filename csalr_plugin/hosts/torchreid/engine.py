@@ -568,6 +568,11 @@ class _PluginTraining(_HostEngine):
             identities += batch_identities.tolist()
             cameras += batch_cameras.tolist()
         self.model = parallel
+        if not_finite := sum(distributed.gathered(int((~torch.isfinite(embeddings[: len(identities)])).any(1).sum()))):
+            raise SharedError(
+                f"the embeddings of {not_finite} {subset} images are not finite, so they cannot be ranked: evaluate an "
+                f"earlier checkpoint{', or set csalr.amp none' if self.settings.amp == 'fp16' else ''}."
+            )
         distributed.collect_rows(embeddings)
         if normalise:
             F.normalize(embeddings, out=embeddings)

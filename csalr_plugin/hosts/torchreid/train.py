@@ -129,7 +129,7 @@ def build_network(config: Config, num_classes: int) -> nn.Module:
     with _image_size(config):
         gmacs = count_gmacs(model, config.data.height, config.data.width)
     print(f"{count_parameters(model) / 1e6:.2f} million parameters, {gmacs:.2f} GMACs an image at test time")
-    if config.model.load_weights:
+    if config.model.load_weights and not config.model.resume:  # the resumed checkpoint would replace them
         load_pretrained_weights(model, config.model.load_weights)
     return model
 
@@ -327,7 +327,7 @@ def prepare(config: Config) -> None:
     """
     config.validate()
     config.use_gpu = config.use_gpu and torch.cuda.is_available()
-    for checkpoint in filter(None, (config.model.load_weights, config.model.resume)):
+    if checkpoint := config.model.resume or config.model.load_weights:
         check_isfile(checkpoint)
     if config.model.resume:
         take_settings(config)
