@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -14,7 +15,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from csalr_plugin.command_line import Parser, argument, path_argument
+from csalr_plugin.command_line import INTERRUPTED, Parser, argument, path_argument
 from csalr_plugin.errors import UserError, shown, suggest
 from csalr_plugin.files import write_json
 from csalr_plugin.hosts.keys import integer
@@ -23,8 +24,6 @@ from csalr_plugin.version import __version__
 
 from .folder import CONSOLE, COST, RESULT, RUN, check_version, epochs_done, locked, newest_checkpoint, read_json
 from .plan import HERE, PRESETS, TARGETS, Options, Run, as_word, config_of, paper, plan, split_overrides
-
-INTERRUPTED = 130  # exit code of `csalr train` after Ctrl-C
 
 
 def main(argv: Sequence[str]) -> None:
@@ -278,7 +277,7 @@ def train(run: Run, progress: Any) -> str:
                 child.terminate()
                 child.wait()
             raise
-    if child.returncode == INTERRUPTED:
+    if child.returncode in (INTERRUPTED, -signal.SIGINT):  # the latter during its imports
         raise KeyboardInterrupt
     if child.returncode:
         return _last_line(run.folder / CONSOLE, child.returncode)
