@@ -257,13 +257,13 @@ def test_samples_of_other_settings_or_another_machine_never_mix(
 
 def test_the_digest_of_the_code_includes_the_compiled_passes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(harness.csalr_plugin, "__file__", str(tmp_path / "__init__.py"))
-    source = tmp_path / "attention" / "positions.cpp"
-    source.parent.mkdir()
-    codes = set()
-    for text in ("one", "two"):
-        source.write_text(text)
+    folder = tmp_path / "attention" / "fast" / "csrc"
+    folder.mkdir(parents=True)
+    codes = {harness.code_digest()}
+    for name in ("passes.cpp", "tiles.h"):
+        (folder / name).write_text(name)
         codes.add(harness.code_digest())
-    assert len(codes) == 2
+    assert len(codes) == 3
 
 
 def test_bench_scale_fits_an_exponent_to_every_block(tmp_path: Path) -> None:
@@ -335,7 +335,8 @@ def test_bench_zoo_evaluates_on_a_folder_without_a_root() -> None:
         (["bench", "cost", "--out", "x", "--device", "tpu"], "--device 'tpu'"),
         (["bench", "cost", "--out", "x", "--only", "csalr-3"], "unknown row 'csalr-3'"),
         (["bench", "cost", "--out", "x", "--batch-size", "1"], "--batch-size 1"),
-        (["bench", "cost", "--out", "x", "--height", "8"], "--height 8"),
+        (["bench", "cost", "--out", "x", "--height", "8"], "--height: '8' must be an integer from 16 to 4096"),
+        (["bench", "cost", "--out", "x", "--gate", "nan"], "--gate: 'nan' must be a number from -10 to 10"),
         (["bench", "cost", "--out", "x", "--threads", "0"], "'0' must be an integer from 1 to"),
         (["bench", "scale", "--out", "x", "--positions", "200", "192"], "--positions 200"),
         (["bench", "scale", "--out", "x", "--positions", "192"], "is one size"),

@@ -46,6 +46,8 @@ NUMBERS = [
     (["models"], "--width", "from 16 to 4096"),
     (["bench", "cost", "--out", "out"], "--repeats", "from 1 to 1000000"),
     (["bench", "cost", "--out", "out"], "--threads", "from 1 to 1024"),
+    (["bench", "cost", "--out", "out"], "--width", "from 16 to 4096"),
+    (["bench", "cost", "--out", "out"], "--batch-size", "from 1 to 65536"),
     (["bench", "scale", "--out", "out"], "--positions", "from 1 to 1000000"),
     (["bench", "scale", "--out", "out"], "--channels", "from 32 to 8192"),
     (["bench", "scale", "--out", "out"], "--batch-size", "from 1 to 65536"),

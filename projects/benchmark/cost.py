@@ -18,8 +18,9 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from csalr_plugin.attention import AttentionBlock, set_fast
-from csalr_plugin.command_line import positive
-from csalr_plugin.errors import UserError, suggest
+from csalr_plugin.command_line import argument, batch_argument, side_argument
+from csalr_plugin.errors import UserError, shown, suggest
+from csalr_plugin.hosts.keys import number
 from csalr_plugin.models import STAGE_CHANNELS, build_model
 from csalr_plugin.models.cost import count_gmacs, count_kept_bytes, count_parameters
 from csalr_plugin.models.pcb import PCB
@@ -111,10 +112,11 @@ ROWS: Mapping[str, Row] = {
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The study's flags."""
     add_common_arguments(parser)
-    parser.add_argument("--height", type=positive, metavar="N", help="image height (384; quick 256)")
-    parser.add_argument("--width", type=positive, metavar="N", help="image width (128)")
-    parser.add_argument("--batch-size", type=positive, metavar="N", help="images a batch, at least 2 (8; quick 2)")
-    parser.add_argument("--gate", type=float, default=0.1, metavar="ALPHA", help="value of every alpha (0.1)")
+    parser.add_argument("--height", type=side_argument, metavar="N", help="image height (384; quick 256)")
+    parser.add_argument("--width", type=side_argument, metavar="N", help="image width (128)")
+    parser.add_argument("--batch-size", type=batch_argument, metavar="N", help="images, at least 2 (8; quick 2)")
+    gate = argument(number(-10, 10))
+    parser.add_argument("--gate", type=gate, default=0.1, metavar="ALPHA", help="value of every alpha (0.1)")
     parser.add_argument(
         "--only", nargs="+", metavar="ROW", help=f"these rows, beside {BASELINE}; of {', '.join(list(ROWS)[1:])}"
     )
@@ -132,10 +134,8 @@ def run(options: argparse.Namespace) -> None:
     batch_size = options.batch_size or (2 if options.quick else 8)
     if batch_size < 2:
         raise UserError("--batch-size 1 is too small: batch norms train on 2 images at least.")
-    if min(height, width) < 16:
-        raise UserError(f"--height {height} --width {width}: a ResNet-50 needs 16 at least.")
     settings = {"height": height, "width": width, "batch_size": batch_size, "gate": options.gate, "rows": rows}
-    results = Results(options.out, "cost", {**settings, "threads": options.threads, "device": options.device}, device)
+    results = Results(options.out, "cost", {**settings, "threads": options.threads, "device": options.device})
     if len(results.rounds) < options.repeats:
         torch.manual_seed(0)
         images = torch.randn(batch_size, 3, height, width, device=device)
@@ -161,7 +161,7 @@ def chosen_rows(only: Sequence[str] | None) -> list[str]:
     """
     for name in only or ():
         if name not in ROWS:
-            raise UserError(f"--only: unknown row {name!r}; allowed is {', '.join(ROWS)}.{suggest(name, ROWS)}")
+            raise UserError(f"--only: unknown row {shown(name)}; allowed is {', '.join(ROWS)}.{suggest(name, ROWS)}")
     wanted = [name for name in ROWS if only is None or name in only or name == BASELINE]
     if "nystrom" in wanted and not nystrom_is_installed():
         how = "nystrom-attention is not installed; run: pip install 'csalr-plugin[bench]'."

@@ -97,7 +97,6 @@ class Results:
         folder: the folder of `<study>.json`. The results in that file are continued.
         study: the name of the study.
         settings: everything that the samples depend on, as JSON values.
-        device: the device of the study.
 
     Attributes:
         counts: the figures of each case that are counted or measured once.
@@ -108,7 +107,7 @@ class Results:
         UserError: the file is damaged, or was measured with other settings, machine, versions or code.
     """
 
-    def __init__(self, folder: Path, study: str, settings: Mapping[str, Any], device: torch.device) -> None:
+    def __init__(self, folder: Path, study: str, settings: Mapping[str, Any]) -> None:
         self.path = folder / f"{study}.json"
         self.identity = {
             "study": study,

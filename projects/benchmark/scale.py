@@ -114,7 +114,7 @@ def run(options: argparse.Namespace) -> None:
         "threads": options.threads,
         "device": options.device,
     }
-    results = Results(options.out, "scale", settings, device)
+    results = Results(options.out, "scale", settings)
     if len(results.rounds) < options.repeats:
         torch.manual_seed(0)
         passes = {

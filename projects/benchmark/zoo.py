@@ -96,7 +96,7 @@ def run(options: argparse.Namespace) -> None:
         "threads": options.threads,
         "device": options.device,
     }
-    results = Results(options.out, "zoo", settings, device)
+    results = Results(options.out, "zoo", settings)
     if len(results.rounds) < options.repeats:
         torch.manual_seed(0)
         entries = {
