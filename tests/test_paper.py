@@ -393,13 +393,14 @@ def test_compressed_maps_times_values_are_the_outputs_of_the_blocks() -> None:
     from csalr_plugin.attention.maps import maps_of
 
     torch.manual_seed(0)
-    x = torch.randn(2, 16, 9, 5)
+    x = torch.randn(2, 16, 9, 5, dtype=torch.float64)
     for name in ("sa", "csa", "csalr"):
-        block = build_attention(name, 16, groups=2, landmarks=(3, 2)).eval().double()
-        maps = maps_of(block, x.double())
-        V = block._split(block._project("value", x.double()))
-        given = maps.full if name == "sa" else maps.compressed
-        torch.testing.assert_close(block._join((given @ V.mT).mT, x.double()), block.attend(x.double()))
+        block = build_attention(name, 16, groups=2, landmarks=(3, 2)).eval().double().fold()
+        maps = maps_of(block, x)
+        V = block.value(x).reshape(2, block.groups, -1, 9 * 5)  # B, groups, c, n
+        chosen = maps.full if name == "sa" else maps.compressed
+        attended = (chosen @ V.mT).mT.reshape(x.shape)
+        torch.testing.assert_close(block.fuse(attended) if block.groups > 1 else attended, block.attend(x))
         torch.testing.assert_close(maps.full.sum(-1), torch.ones_like(maps.full.sum(-1)))
 
 
