@@ -30,10 +30,9 @@ def low_rank_attention(
 
     Args:
         Q, K: (B, groups, d, n).
-        V: (B, groups, c, n).
+        weigh_V: from Q' and K, (B, groups, m, d) and (B, groups, n, d), to softmax(Q' K^T) V, (B, groups, m, c).
         grid: landmark of each position; Q' and K' are the means of Q and K over the patch of each landmark.
         floor: smallest S_ii; see `CSALR`.
-        normalise: applied to S_mn V, (B, groups, m, c).
 
     Returns:
         (B, groups, n, c).

@@ -67,7 +67,7 @@ void attend(const Shape& s, const real* A, const Heads& heads, long image, const
 
 extern "C" {
 
-// Q and K: X (B, C, n), W_q and W_k (D, C) -> (B, D, n) each; and of both, unless null, the largest size of a number,
+// Computes Q and K, (B, D, n) each, from X (B, C, n), W_q and W_k (D, C). Of both, unless null: the largest absolute value,
 // (2,), or the mean of each channel and the sum of squares about it, (2, 2, D).
 void project(const Shape* shape, const real* X, const real* W_q, const real* W_k, real* Q, real* K, real* largest,
              real* moments) {
@@ -105,7 +105,7 @@ void project(const Shape* shape, const real* X, const real* W_q, const real* W_k
     }
 }
 
-// The mean of each channel, and the sum of squares about it: features (B, channels, n) -> (channels,) each.
+// Computes the mean of each channel, and the sum of squares about it: features (B, channels, n) -> (channels,) each.
 void moments(const Shape* shape, const real* features, long channels, long n, real* means, real* deviations) {
     const Shape& s = *shape;
     each_worker(s.workers, [&](long worker) {
@@ -118,8 +118,8 @@ void moments(const Shape* shape, const real* features, long channels, long n, re
     });
 }
 
-// Batch norm as an affine map, from what `moments` finds in `count` values a channel: gain and, unless null, shift
-// (channels,) -> biased variance; scale; mean; inverse of the deviation; offset unless null.
+// Writes batch norm as an affine map. Inputs: the results of `moments` over `count` values a channel, gain, and shift or
+// null. Outputs: biased variance, scale, mean, inverse of the deviation, and offset unless shift is null. All (channels,).
 void affine(const Shape*, long channels, long count, double eps, const real* means, const real* deviations,
             const real* gain, const real* shift, real* variance, real* scale, real* mean, real* inverse_deviation,
             real* offset) {
@@ -132,8 +132,8 @@ void affine(const Shape*, long channels, long count, double eps, const real* mea
     }
 }
 
-// From the gradients of scale and, unless null, of offset that of gain, and what each feature's gradient gets through
-// the statistics: slope * feature + constant. (channels,) each.
+// The gradient of gain from the gradients of scale and, unless null, of offset. Through the statistics the gradient of
+// each feature gains slope * feature + constant. All (channels,).
 void affine_backward(const Shape*, long channels, long count, const real* scale, const real* means,
                      const real* inverse_deviation, const real* d_scale, const real* d_offset, real* d_gain,
                      real* slope, real* constant) {
@@ -148,8 +148,8 @@ void affine_backward(const Shape*, long channels, long count, const real* scale,
     }
 }
 
-// S_mn X^T, (B, C, groups, m), or S_mn V^T, (B, C, m), and the logarithm of each row's sum in the softmax of S_mn,
-// (B, groups, m).
+// Computes S_mn X^T, (B, C, groups, m), or S_mn V^T, (B, C, m), and the logarithm of the sum of each row of the softmax
+// S_mn, (B, groups, m).
 //
 // K (B, D, n); for_keys (B, groups, d, m); V (B, C, n) is written unless null.
 void gather(const Shape* shape, const real* X, const real* K, const real* for_keys, const real* W_v, real* V,
@@ -182,7 +182,7 @@ void gather(const Shape* shape, const real* X, const real* K, const real* for_ke
             for (long g = 0; g < s.groups; g++) {
                 long here = part.index * all + g * wide;
                 product<true>(tile.N, wide, d, k + g * s.step * T, T, keys + g * d * wide, wide, S, wide);  // T, m
-                for (long j = 0; j < wide; j += LANES) {  // a maximum so far, and all before it scaled to that
+                for (long j = 0; j < wide; j += LANES) {  // online softmax: rescale the sums to the new maximum
                     vec top = at(tops + here + j), total{};
                     for (long t = 0; t < tile.count; t++) top = larger(top, at(S + t * wide + j));
                     for (long t = 0; t < tile.count; t++)
@@ -243,7 +243,7 @@ void gather_backward(const Shape* shape, const real* X, const real* features, co
     caller_memory.reset();
     real* of_keys = shares.sums(marks, deep, d, d_for_keys);
     real* of_value = caller_memory.take(s.workers * square);
-    // What a softmax's gradient takes away in each row, sum of d_S_mn * S_mn, is that of d_gathered * gathered.
+    // The gradient of a softmax subtracts in each row the sum of d_S_mn * S_mn. It equals that of d_gathered * gathered.
     real* dots = caller_memory.zeros(s.B * marks);
     long heads = s.at_landmarks ? 1 : s.groups, width = marks / heads;
     each_worker(s.workers, [&](long worker) {
@@ -300,7 +300,7 @@ void gather_backward(const Shape* shape, const real* X, const real* features, co
     if (!s.at_landmarks) add_up_workers(s, of_value, s.C, padded(s.C), s.C, d_W_v);
 }
 
-// x + alpha O, or O where alpha is null, (B, C, n), and the mean of x * O over positions, (B, C), unless null.
+// Computes x + alpha O, or O where alpha is null, (B, C, n), and the mean of x * O over positions, (B, C), unless null.
 //
 // Q (B, D, n); for_queries (B, groups, d, m); bias (B, groups, m); landmark_of (n,), or null where P is not added;
 // source (B, C, groups, m) or (B, C, m).
@@ -349,7 +349,7 @@ void spread(const Shape* shape, const real* X, const real* Q, const real* for_qu
 //
 // grad_out (B, C, n); grad_mean (B, C) or null -> d_x
 // (B, C, n), d_Q (B, D, n), d_source (B, C, groups, m) or (B, C, m), d_for_queries (B, groups, m, d), d_bias
-// (B, groups, m), d_alpha (1,), d_W_f (C, C), d_b_f (C,), of what is added to O at every position.
+// (B, groups, m), d_alpha (1,), d_W_f (C, C), and d_b_f (C,), the gradient of a vector added to O at every position.
 void spread_backward(const Shape* shape, const real* X, const real* Q, const real* for_queries, const real* bias,
                      const int64_t* landmark_of, const real* source, const real* W_f, const real* b_f,
                      const real* alpha, const real* grad_out, const real* grad_mean, real* d_x,
@@ -424,7 +424,7 @@ void spread_backward(const Shape* shape, const real* X, const real* Q, const rea
                                    width, tile.start());
                     product<true>(rows.marks, N, rows.rows, rows.of(b, g), rows.marks, d_head, T, d_map, T);
                 }
-                // P away again; a subtraction would lose the digits of small entries.
+                // Restore the entries without P; a subtraction would lose the digits of small entries.
                 for (long t = 0; landmark_of && t < tile.count; t++)
                     map[landmark_of[tile.first + t] * T + t] = own[g * T + t];
                 softmax_of_columns_backward(d_map, map, s.m, N, T);
@@ -453,8 +453,8 @@ void spread_backward(const Shape* shape, const real* X, const real* Q, const rea
 
 // The gradients of `project`, that of x added to d_x.
 //
-// To d_Q and d_K, (B, D, n), is added what reaches them through statistics, slope * Q + constant with (D,) each or
-// null, and through landmarks: `shares`, (B, D, m), at their positions. -> d_W_q, d_W_k (D, C).
+// d_Q and d_K, (B, D, n), gain the gradient through the statistics, slope * Q + constant with (D,) each or null, and the
+// gradient through the landmark of each position, `shares` (B, D, m). -> d_W_q, d_W_k (D, C).
 void project_backward(const Shape* shape, const real* X, const real* W_q, const real* W_k, const real* Q,
                       const real* K, const int64_t* landmark_of, const real* d_Q, const real* d_K,
                       const real* slope_q, const real* slope_k, const real* constant_q, const real* constant_k,
@@ -511,7 +511,7 @@ void project_backward(const Shape* shape, const real* X, const real* W_q, const 
     });
 }
 
-// Where a row of group g of image b begins, in (B, groups, c, m) if narrow, else in (B, C, groups, m).
+// Offset of a row of group g of image b in (B, groups, c, m) if narrow, else in (B, C, groups, m).
 static long place_of(const Shape& s, bool narrow, long b, long g, long row) {
     return (narrow ? (b * s.groups + g) * (s.C / s.groups) + row : (b * s.C + row) * s.groups + g) * s.m;
 }
@@ -521,10 +521,11 @@ static long block_of(const Shape& s, long rows, long most) {
     return std::max(ROWS, std::min(most, rows * s.groups / s.workers / ROWS * ROWS));
 }
 
-// A weight at the landmarks, a group at a time: `wide` (B, C, groups, m) and `narrow` (B, groups, c, m).
+// Multiplies a weight with the rows of the landmarks, a group at a time: `wide` is (B, C, groups, m), `narrow` is
+// (B, groups, c, m).
 //
 // Group g's share of W (C, C) is rows g c to (g + 1) c where `of_rows`, (c, C), as in `value`; else those columns,
-// (C, c), as in `fuse`. What is multiplied is that share or its transpose, whichever takes `from` to `to`.
+// (C, c), as in `fuse`. The factor is that share or its transpose, whichever takes `from` to `to`.
 void times_at_landmarks(const Shape* shape, const real* W, long of_rows, long narrows, const real* from,
                         const real* bias, real* to) {
     const Shape& s = *shape;
@@ -533,7 +534,7 @@ void times_at_landmarks(const Shape* shape, const real* W, long of_rows, long na
     long block = block_of(s, rows, 128);
     long blocks = (rows + block - 1) / block;
     bool turned = bool(of_rows) != bool(narrows);  // a product reads the rows of a transpose faster than columns
-    bool direct = s.m == wide;  // without a copy whose rows are padded
+    bool direct = s.m == wide;  // rows need no padded copy
     long from_stride = direct ? place_of(s, !narrows, 0, 0, 1) : wide;
     long to_stride = direct ? place_of(s, narrows, 0, 0, 1) : wide;
     each_worker(s.workers, [&](long worker) {
@@ -593,19 +594,19 @@ static void weight_at_landmarks(const Shape& s, const real* wide, const real* na
     });
 }
 
-// The gradients of `times_at_landmarks` from that of its result: of the other side, `to`, and of the weight, d_W.
-// `narrows` says how W takes the one gradient to the other; `other` is what W was multiplied with.
+// The gradients of `times_at_landmarks`: of its input, `to`, and of the weight, d_W. `narrows` says how W takes the
+// gradient of the result to that of the input; `other` is the input.
 void times_at_landmarks_backward(const Shape* shape, const real* W, long of_rows, long narrows, const real* from,
                                  const real* other, real* to, real* d_W) {
     times_at_landmarks(shape, W, of_rows, narrows, from, nullptr, to);
     weight_at_landmarks(*shape, narrows ? from : other, narrows ? other : from, of_rows, d_W);
 }
 
-// A step of Gauss and Jordan's elimination, in place, with `LANES` pivots from `first` on, in rows (m, width):
-// these columns become those of the inverse.
+// A step of Gauss-Jordan elimination in place, with `LANES` pivots from `first` on, in rows (m, width). These columns
+// become columns of the inverse.
 static void invert_columns(long m, long first, real* rows, long width, real* factors, real* pivots) {
     long count = std::min(LANES, m - first);
-    vec block[LANES];  // of the pivots, alone: elimination one by one
+    vec block[LANES];  // the square of the pivots, eliminated one by one
     for (long i = 0; i < count; i++) block[i] = at(rows + (first + i) * width + first);
     for (long k = 0; k < count; k++) {
         real scale = 1 / block[k][k];
@@ -618,7 +619,7 @@ static void invert_columns(long m, long first, real* rows, long width, real* fac
             block[i] -= factor * block[k];
         }
     }
-    // The rows of the pivots, times the block's inverse, which stands in the block's place; then all other rows.
+    // Multiply the rows of the pivots by the inverse of the block, which replaces the block; then update all other rows.
     real* own = rows + first * width;
     for (long i = 0; i < count; i++) at(factors + i * LANES) = block[i];
     product<false>(count, width, count, factors, LANES, own, width, pivots, width);
@@ -633,7 +634,7 @@ static void invert_columns(long m, long first, real* rows, long width, real* fac
     product<false>(m, width, count, factors, LANES, own, width, rows, width, Start::target);
 }
 
-// The share of the rest of its row that a landmark below `floor` is given.
+// The share of the rest of its row that a landmark with S_ii below `floor` gains.
 static real raised_share(real own, real floor) {
     return std::max(real(0), floor - own) / (1 - std::min(own, floor));
 }
@@ -680,7 +681,7 @@ void solve(const Shape* shape, const real* inverses, const real* E, const real* 
     });
 }
 
-// Of that the gradients of scale E + offset, (B, groups, c, m), of scale and of offset, (C,) each.
+// The gradients of `solve`: of scale E + offset, (B, groups, c, m), of scale and of offset, (C,) each.
 void solve_backward(const Shape* shape, const real* inverses, const real* E, const real* d_Z, real* d_E, real* d_scale,
                     real* d_offset) {
     const Shape& s = *shape;
@@ -728,7 +729,7 @@ void normalise_backward(const Shape* shape, const real* d, const real* E, const 
 static void pool(const Shape& s, const real* from, const int64_t* landmark_of, long width, const int64_t* sizes,
                  real* band, real* to) {
     std::fill(to, to + s.m, real(0));
-    for (long line = 0, end; line < s.n; line = end) {  // lines of the map whose landmarks are the same, added up
+    for (long line = 0, end; line < s.n; line = end) {  // add up the lines of the map with the same landmarks
         std::fill(band, band + width, real(0));
         for (end = line; end < s.n && landmark_of[end] == landmark_of[line]; end += width)
             for (long t = 0; t < width; t++) band[t] += from[end + t];
@@ -737,7 +738,7 @@ static void pool(const Shape& s, const real* from, const int64_t* landmark_of, l
     for (long k = 0; k < s.m; k++) to[k] /= sizes[k];
 }
 
-// What follows from the landmarks' means of raw Q and K, (B, D, n), and from their affine maps, (D,).
+// Computes the tensors of the landmarks from the patch means of raw Q and K, (B, D, n), and their affine maps, (D,).
 //
 // landmark_of (n,) of maps as wide as `width`, sizes (m,) -> pooled_q, pooled_k, Q, K, for_keys, for_queries
 // (B, D, m); bias (B, groups, m); S_mm (B, groups, m, m).
