@@ -1,7 +1,7 @@
 """The equations of the paper, written out in float64: slow, literal, and sharing no code with the package.
 
 Each function takes a folded block, whose projections are plain 1x1 convolutions, and a feature map
-x (B, C, H, W), and returns a NumPy array of the same shape: what the block attends, before gate and residual.
+x (B, C, H, W), and returns a NumPy array of the same shape: the attention output before gate and residual.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ Array = NDArray[np.float64]
 
 
 def attend(name: str, block: nn.Module, x: Tensor, *, groups: int = 1, landmarks: tuple[int, int] = (12, 8)) -> Array:
-    """What the block `name` ("sa", "csa", "csalr") has to return from `attend`."""
+    """The expected result of `attend` of the block `name` ("sa", "csa", "csalr")."""
     if name == "sa":
         return sa(block, x)
     return csa(block, x, groups) if name == "csa" else csalr(block, x, groups, landmarks)
@@ -80,7 +80,7 @@ def csalr(block: nn.Module, x: Tensor, groups: int, landmarks: tuple[int, int]) 
 
 
 def smallest_self_attention(block: nn.Module, x: Tensor, groups: int, landmarks: tuple[int, int]) -> float:
-    """The least S_ii of all images' and groups' S_mm: what a landmark gives to itself (Eq. 16)."""
+    """The least S_ii of all images' and groups' S_mm: the attention of a landmark to itself (Eq. 16)."""
     return min(
         float(S_mm.diagonal().min())
         for image in images(x)

@@ -1,4 +1,4 @@
-"""The blocks: their equations, gradients, numerical safety, and what they refuse."""
+"""The blocks: their equations, gradients, numerical safety, and refused settings."""
 
 from __future__ import annotations
 
@@ -219,7 +219,7 @@ def test_gradients_pass_gradcheck_with_the_normalisation_of_training(name: str) 
 
 @pytest.mark.usefixtures("either_form")
 @pytest.mark.parametrize(("name", "groups"), [("sa", 1), ("csa", 2), ("csalr", 1), ("csalr", 2), ("csalr", 4)])
-def test_what_a_supervised_network_trains_on_passes_gradcheck(name: str, groups: int) -> None:
+def test_output_and_pooled_mean_of_a_supervised_block_pass_gradcheck(name: str, groups: int) -> None:
     block = trained(name, groups, landmarks=(2, 2), channels=16).train()
     parameters = dict(block.named_parameters())
 
@@ -557,7 +557,7 @@ def test_membership_follows_the_floor_rule_and_each_position_has_one_landmark(
     np.testing.assert_allclose(grid.pool(x.flatten(2)).numpy(), means, rtol=1e-12, atol=1e-13)
 
 
-# What is refused
+# Refused settings
 
 
 def refusal(name: str = "csalr", **options: Any) -> str:

@@ -78,11 +78,11 @@ def softmax(logits: Tensor) -> Tensor:
 def softmax_attention(Q: Tensor, K: Tensor, V: Tensor, landmark_of: Tensor | None = None) -> Tensor:
     """``(softmax(Q K^T) + P) V`` without 1/sqrt(d), as in Eq. 1, 13 and 15; without P if `landmark_of` is None.
 
-    On CUDA this is :func:`torch.nn.functional.scaled_dot_product_attention`. It takes the memory-efficient kernel: flash
-    attention needs V as wide as Q and K, but V is C / groups wide and Q and K are C' / groups wide. (On Hopper, cuDNN's
-    kernel comes first where both are at most 128 wide.) Widths must be multiples of 4 in fp32 and of 8 in half precision,
-    else torch takes its math form. Kernels read rows whose channels are adjacent in memory, hence ``contiguous``. They
-    cannot be differentiated twice; ``torch.nn.attention.sdpa_kernel(SDPBackend.MATH)`` can.
+    On CUDA this is :func:`torch.nn.functional.scaled_dot_product_attention`. It takes the memory-efficient kernel:
+    flash attention needs V as wide as Q and K, but V is C / groups wide and Q and K are C' / groups wide. (On Hopper,
+    cuDNN's kernel comes first where both are at most 128 wide.) Widths must be multiples of 4 in fp32 and of 8 in half
+    precision, else torch takes its math form. The kernels read rows whose channels are adjacent in memory, hence
+    ``contiguous``. They cannot be differentiated twice; ``torch.nn.attention.sdpa_kernel(SDPBackend.MATH)`` can.
 
     Args:
         Q: (B, groups, rows, d).

@@ -1,4 +1,4 @@
-"""What a model costs, counted rather than timed: parameters and multiply-accumulate operations."""
+"""Counts of a model's cost: parameters, multiply-accumulate operations, and bytes kept for the backward pass."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def count_parameters(model: nn.Module) -> int:
 
 
 class _Kept:
-    """What a node of autograd's graph holds in place of a tensor that it saved."""
+    """A stand-in for a tensor that a node of autograd's graph saves."""
 
     def __init__(self, storage: torch.UntypedStorage) -> None:
         self.storage = storage
@@ -61,13 +61,13 @@ def kept_bytes(module: nn.Module, inputs: Tensor) -> int:
     """Bytes that the backward pass of `module(inputs)` needs and that are kept for it from the forward pass on.
 
     Each storage counts once and as a whole, whoever shares it; those of parameters, buffers and `inputs` do not
-    count. What a custom function keeps past ``save_for_backward`` is not seen.
+    count. Tensors that a custom function keeps without ``save_for_backward`` do not count.
 
     Args:
         module: in the mode that it is in, on any device; on "meta" nothing is computed. Its buffers stay as they are.
-        inputs: what it takes, on the same device.
+        inputs: the input of `module`, on the same device.
     """
-    saved: list[weakref.ref[_Kept]] = []  # weak: what autograd lets go during the forward pass is not kept
+    saved: list[weakref.ref[_Kept]] = []  # weak: autograd may free a tensor during the forward pass
 
     def pack(tensor: Tensor) -> _Kept:
         kept = _Kept(tensor.untyped_storage())

@@ -1,7 +1,7 @@
-"""What the attention costs a network: Table 5 of the paper with its alternatives, in one alternating run.
+"""The cost of attention in a network: Table 5 of the paper and alternatives, in one alternating run.
 
 PCB and its variants train and embed the same images in turn; every figure is also given as a change from PCB, beside
-the paper's. README.md in projects/benchmark says what each figure is.
+the paper's. README.md in projects/benchmark defines each figure.
 """
 
 from __future__ import annotations
@@ -123,7 +123,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Measure what is missing in the folder, then write table and picture.
+    """Measure the missing rounds, then write table and picture.
 
     Raises:
         UserError: for a flag that cannot be used, before anything is measured.
@@ -210,13 +210,13 @@ class Contestant:
         return {"train_seconds": train_seconds, "eval_seconds": seconds(self.embed, device)}
 
     def count(self) -> dict[str, Any]:
-        """What need not be repeated: memory an image, operations, parameters."""
+        """Measure memory per image, operations and parameters, which need no repetition."""
         set_fast(self.fast)
         images, _, height, width = self.images.shape
         kept = count_kept_bytes(self.model, height, width, batch_size=images)
         gmacs = count_gmacs(self.model, height, width)
         self.model.train()
-        self.train_step()  # the optimizer's state, and what a first step alone needs
+        self.train_step()  # allocate the optimizer's state and the memory of a first step
         self.optimizer.zero_grad()
         peak = peak_bytes(self.train_step, self.images.device) / images
         self.optimizer.zero_grad()
@@ -230,8 +230,8 @@ def summarise(results: Results) -> dict[str, Any]:
     summary: dict[str, Any] = {}
     for name in results.identity["settings"]["rows"]:
         figures: dict[str, Any] = {}
-        for what, value in results.counts[name].items():
-            figures[what] = {"value": value, "change": value / results.counts[BASELINE][what] - 1}
+        for count, value in results.counts[name].items():
+            figures[count] = {"value": value, "change": value / results.counts[BASELINE][count] - 1}
         for mode in ("train", "eval"):
             fps, baseline = (
                 [batch_size / sample for sample in results.samples(one, f"{mode}_seconds")] for one in (name, BASELINE)
@@ -264,12 +264,12 @@ def report(results: Results) -> None:
     for name, figures in results.summary.items():
         baseline = name == BASELINE
 
-        def counted(what: str, unit: float, figures: Any = figures, baseline: bool = baseline) -> str:
-            value = f"{figures[what]['value'] / unit:.2f}"
-            return value if baseline else f"{value} ({figures[what]['change']:+.1%})"
+        def counted(count: str, unit: float, figures: Any = figures, baseline: bool = baseline) -> str:
+            value = f"{figures[count]['value'] / unit:.2f}"
+            return value if baseline else f"{value} ({figures[count]['change']:+.1%})"
 
-        def timed(what: str, figures: Any = figures, baseline: bool = baseline) -> str:
-            figure = figures[what]
+        def timed(speed: str, figures: Any = figures, baseline: bool = baseline) -> str:
+            figure = figures[speed]
             value = str(Statistic(figure["value"], figure["spread"]))
             return (
                 value if baseline else f"{value} ({as_percent(Statistic(figure['change'], figure['change_spread']))})"
@@ -293,13 +293,13 @@ def report(results: Results) -> None:
         "in brackets the change from PCB: of medians' counts, and of FPS the median of the rounds' own changes",
         "± is half the distance of the quartiles; "
         f"'{TOO_LARGE}' stands for a change whose quartiles lie further apart than it is large",
-        "kept: what the forward pass keeps for the backward pass; peak: the most that a training step holds beyond "
+        "kept: bytes kept from the forward for the backward pass; peak: the most that a training step holds beyond "
         "weights and optimizer; MB = 1e6 bytes",
         "the paper's figures are its Table 5, on a GPU that it does not name",
     )
     table = tabulate(lines, header, tablefmt="github", disable_numparse=True)
     draw(results)
-    write_report(results, "What the attention costs", table, notes)
+    write_report(results, "The cost of attention", table, notes)
 
 
 def _paper(name: str, index: int) -> str:
@@ -324,8 +324,8 @@ def draw(results: Results) -> None:
     figure, axes = pyplot().subplots(
         1, len(panels), figsize=(13, 1.5 + 0.36 * len(names)), sharey=True, layout="constrained"
     )
-    for axis, (what, title, index, spread) in zip(axes, panels, strict=True):
-        figures = [results.summary[name][what] for name in names]
+    for axis, (quantity, title, index, spread) in zip(axes, panels, strict=True):
+        figures = [results.summary[name][quantity] for name in names]
         changes, errors = [100 * one["change"] for one in figures], [100 * spread(one) for one in figures]
         bars = axis.barh(
             range(len(names)), changes, xerr=errors if any(errors) else None, capsize=2, error_kw={"alpha": 0.6}
