@@ -377,7 +377,8 @@ def test_a_record_that_cannot_be_written_never_costs_a_checkpoint(
     elif failing == "metrics":
         (tmp_path / "metrics.jsonl").mkdir()
     elif failing == "maps":
-        config = settings(tiny_data, tmp_path, "train.max_epoch", 1, "csalr.tensorboard.maps_every", 1)
+        keys = ("train.max_epoch", 1, "train.batch_size", 20, "csalr.tensorboard.maps_every", 1)
+        config = settings(tiny_data, tmp_path, *keys)
         monkeypatch.setattr("csalr_plugin.hosts.torchreid.monitor.maps_of", fail)
     else:
         whole = Path.open
@@ -499,7 +500,7 @@ def tracklets(monkeypatch: pytest.MonkeyPatch) -> tuple[Any, ...]:
 def test_attention_maps_of_videos_are_drawn_from_their_first_frames(
     tiny_data: Path, tmp_path: Path, tracklets: tuple[Any, ...], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    train(settings(tiny_data, tmp_path, *tracklets, "csalr.tensorboard.maps_every", 1))
+    train(settings(tiny_data, tmp_path, *tracklets, "train.batch_size", 8, "csalr.tensorboard.maps_every", 1))
     assert "Warning" not in capsys.readouterr().err
     assert b"Maps/stage3" in next(tmp_path.glob("events*")).read_bytes()
 

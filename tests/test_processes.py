@@ -227,6 +227,16 @@ def test_a_batch_that_would_split_an_identity_between_processes_is_refused(
         prepare(config)
 
 
+def test_a_batch_of_one_image_a_process_is_refused(
+    tiny_data: Path, tmp_path: Path, as_process: Callable[[int, int], None]
+) -> None:
+    config = default_config()
+    config.merge_from_list(["data.root", str(tiny_data), "data.save_dir", str(tmp_path), "train.batch_size", 2])
+    as_process(0, 2)
+    with pytest.raises(UserError, match=r"one of 2 processes gets a single image.*give 4 or more, a multiple of 2"):
+        prepare(config)
+
+
 # Whole trainings
 
 

@@ -187,6 +187,26 @@ def test_compiling_for_several_gpus_is_refused(
     prepare(config)
 
 
+@pytest.mark.parametrize(("gpus", "batch", "refused"), [(4, 5, True), (4, 4, True), (4, 8, False), (4, 6, False)])
+def test_a_batch_that_leaves_a_gpu_a_single_image_is_refused(
+    gpus: int, batch: int, refused: bool, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from csalr_plugin.hosts.torchreid.config import default_config
+    from csalr_plugin.hosts.torchreid.train import prepare
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    config = default_config()
+    config.merge_from_list(["data.root", str(tiny_data), "data.save_dir", str(tmp_path), "train.batch_size", batch])
+    # DataParallel splits a batch as torch.chunk does.
+    assert refused == any(len(chunk) == 1 for chunk in torch.arange(batch).chunk(gpus))
+    if not refused:
+        prepare(config)
+        return
+    with pytest.raises(UserError, match=r"one of 4 GPUs gets a single image.*give 8 or more"):
+        prepare(config)
+
+
 def test_weights_that_cannot_be_downloaded_say_where_to_put_them_and_which_key_takes_a_path(
     tiny_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], offline: None
 ) -> None:
