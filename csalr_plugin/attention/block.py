@@ -206,7 +206,7 @@ class AttentionBlock(nn.Module, ABC):
             enabled = autocast and attended.dtype is torch.bfloat16
             with torch.autocast(x.device.type, enabled=enabled) if autocast else nullcontext():
                 attended = self.fuse(attended)
-        outputs = [x + self.alpha * attended if gated else attended]
+        outputs = [torch.addcmul(x, attended, self.alpha) if gated else attended]
         if pooled:
             mean = (x * attended).mean(dim=(2, 3), dtype=torch.promote_types(attended.dtype, torch.float32))
             outputs.append(mean if autocast else saturate(mean, x.dtype))
