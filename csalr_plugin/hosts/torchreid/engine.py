@@ -34,6 +34,7 @@ from csalr_plugin.hosts.torchreid.loading import (
     training_loader,
 )
 from csalr_plugin.hosts.torchreid.monitor import Monitor, Writer, never_fatal
+from csalr_plugin.hosts.torchreid.optimizer import check_layers
 from csalr_plugin.hosts.torchreid.ranking import evaluate_rank
 from csalr_plugin.hosts.training import keep_freed_memory, machine_failure, single_image_batch, unwrapped
 from csalr_plugin.models import recipe
@@ -241,11 +242,11 @@ class _PluginTraining(_HostEngine):
     def _require_finite(self, terms: dict[str, float], images: Tensor, number: int) -> None:
         bad = [f"{name} = {term}" for name, term in terms.items() if not math.isfinite(term)]
         if bad:
+            change = "csalr.amp bf16, or " if self.scaler.is_enabled() else ""
+            change += "a lower train.lr, csalr.attention_lr or csalr.clip_gradient"
             raise SharedError(
                 f"Training stopped at epoch {self.epoch + 1}, iteration {number + 1}: {', '.join(bad)}; "
-                f"{self._first_non_finite(images)}. The last checkpoint is {self._last_checkpoint()}; go on from "
-                f"it with {'csalr.amp bf16, or ' if self.scaler.is_enabled() else ''}"
-                "a lower train.lr, csalr.attention_lr or csalr.clip_gradient."
+                f"{self._first_non_finite(images)}. {self._last_checkpoint(change=change)}."
             )
 
     @torch.no_grad()
@@ -289,6 +290,8 @@ class _PluginTraining(_HostEngine):
                 check_space(self.save_dir, _size_of(self.network.state_dict().values()), "a checkpoint")
                 check_batches(self.train_loader)
                 check_tracklets(self.train_loader, "train.batch_size")
+                if options.get("fixbase_epoch"):
+                    check_layers(self.network, options["open_layers"], "train.open_layers")
             for loaders in self.test_loader.values():
                 for loader in loaders.values():
                     check_tracklets(loader, "test.batch_size")
@@ -304,11 +307,9 @@ class _PluginTraining(_HostEngine):
             super().run(save_dir=save_dir, **options)
         except (RuntimeError, MemoryError) as error:
             if distributed.is_lost(error):
-                raise self._lost(error, self._last_checkpoint()) from error
+                raise self._lost(error) from error
             if cause := machine_failure(error):
-                raise UserError(
-                    f"Stopped after epoch {self.epoch + 1}: {cause}. The last checkpoint is {self._last_checkpoint()}."
-                ) from error
+                raise UserError(f"Stopped after epoch {self.epoch + 1}: {cause}. {self._last_checkpoint()}.") from error
             raise
 
     def train(self, *args: Any, **options: Any) -> None:
@@ -325,7 +326,7 @@ class _PluginTraining(_HostEngine):
                 super().train(*args, **options)
             except (_StopBetweenBatches, RuntimeError, MemoryError, BrokenPipeError) as error:
                 if distributed.is_lost(error):
-                    raise self._lost(error, repr(str(self._save_interrupted(alone=True)))) from error
+                    raise self._lost(error, self._save_interrupted(alone=True)) from error
                 # On Ctrl-C a worker of the loader may die first: the host's loop then raises a RuntimeError.
                 if self._stopped or self._stops:
                     self._save_interrupted()
@@ -333,15 +334,12 @@ class _PluginTraining(_HostEngine):
                 cause = machine_failure(error)
                 if not cause and not isinstance(error, BrokenPipeError):
                     raise
-                if self._stepping or distributed.world_size() > 1:
-                    checkpoint = self._last_checkpoint()
-                else:
-                    checkpoint = repr(str(self._save_interrupted()))
+                consistent = not self._stepping and distributed.world_size() == 1
+                saved = self._save_interrupted() if consistent else None
                 if not cause:  # nobody reads the output any more, as in csalr train | head
                     raise
                 raise UserError(
-                    f"Training stopped at epoch {self.epoch + 1}: {cause}. The last checkpoint is {checkpoint}; go on "
-                    "from it with model.resume."
+                    f"Training stopped at epoch {self.epoch + 1}: {cause}. {self._last_checkpoint(saved)}."
                 ) from error
         self._mark_progress(0)
         with distributed.together():  # an error of the first process ends all of them
@@ -364,12 +362,11 @@ class _PluginTraining(_HostEngine):
         if self.scaler.is_enabled() and resumed.get("scaler"):
             self.scaler.load_state_dict(resumed["scaler"])
 
-    def _lost(self, error: BaseException, checkpoint: str) -> UserError:
+    def _lost(self, error: BaseException, saved: Path | None = None) -> UserError:
         # The first process prints it, or the second one if it was the first that ended.
         return (UserError if distributed.rank() < 2 else SharedError)(
             f"Training stopped at epoch {self.epoch + 1}, for another process of it has ended or cannot be reached "
-            f"({first_line(error)}). The last checkpoint is {checkpoint}; go on from it "
-            "with model.resume, with any number of processes."
+            f"({first_line(error)}). {self._last_checkpoint(saved)}, with any number of processes."
         )
 
     def two_stepped_transfer_learning(
@@ -467,17 +464,23 @@ class _PluginTraining(_HostEngine):
             state["scheduler"] = self.scheduler.state_dict()
         values = (value for one in state["optimizer"]["state"].values() for value in one.values())
         size = _size_of([*state["state_dict"].values(), *values])
-        advice = f"The last complete checkpoint is {self._last_checkpoint()}; go on from it with model.resume."
-        with complete_file(path, size, advice) as unfinished, unfinished.open("wb") as file:
+        with complete_file(path, size, f"{self._last_checkpoint()}.") as unfinished, unfinished.open("wb") as file:
             torch.save(state, file)
         print(f'Checkpoint saved to "{path}"')
         return path
 
-    def _last_checkpoint(self) -> str:
-        saved = sorted((self.save_dir / "model").glob("model.pth.tar-*"), key=lambda path: path.stat().st_mtime)
-        if saved:
-            return repr(str(saved[-1]))
-        return repr(self.resumed_from) if self.resumed_from else "none, for no epoch is done"
+    def _last_checkpoint(self, saved: Path | None = None, change: str = "") -> str:
+        """Describe the last complete checkpoint, and how to go on from it, for a message.
+
+        Args:
+            saved: the last checkpoint, if it is known.
+            change: settings to change, in words.
+        """
+        files = sorted((self.save_dir / "model").glob("model.pth.tar-*"), key=lambda path: path.stat().st_mtime)
+        path = str(saved or (files[-1] if files else self.resumed_from))
+        if not path:
+            return f"No checkpoint is saved yet; start anew{' with ' if change else ''}{change}"
+        return f"The last checkpoint is {path!r}; go on from it with model.resume{' and ' if change else ''}{change}"
 
     @torch.inference_mode()
     def _evaluate(

@@ -36,7 +36,7 @@ from csalr_plugin.hosts.torchreid.config import (
 from csalr_plugin.hosts.torchreid.datasets import build_datamanager
 from csalr_plugin.hosts.torchreid.engine import PROGRESS, plugin_engine
 from csalr_plugin.hosts.torchreid.monitor import Logger
-from csalr_plugin.hosts.torchreid.optimizer import build_optimizer, check_layers
+from csalr_plugin.hosts.torchreid.optimizer import build_optimizer
 from csalr_plugin.hosts.training import unwrapped
 from csalr_plugin.models import PCB, RefinedPCB
 from csalr_plugin.models.cost import count_gmacs, count_parameters
@@ -195,13 +195,7 @@ def build_model(
 
 
 def build_engine(config: Config, datamanager: Any, model: nn.Module, optimizer: Any, scheduler: Any) -> Any:
-    """Build torchreid's engine for `config`, with the plugin's training.
-
-    Raises:
-        UserError: a name in `train.open_layers` is no layer of the model, with `train.fixbase_epoch`.
-    """
-    if config.train.fixbase_epoch and not config.test.evaluate:
-        check_layers(unwrapped(model), config.train.open_layers, "train.open_layers")
+    """Build torchreid's engine for `config`, with the plugin's training."""
     kind, loss = config.data.type.capitalize(), config.loss.name.capitalize()
     engine = plugin_engine(getattr(torchreid.engine, f"{kind}{loss}Engine"))
     options = {"label_smooth": config.loss.softmax.label_smooth, "use_gpu": config.use_gpu}
