@@ -71,13 +71,14 @@ def load(self: Any, path: str, checkpointables: list[str] | None = None) -> Any:
     Raises:
         UserError: the file is missing, damaged or of another network; or an evaluation has no weights.
     """
-    resuming = checkpointables is None and bool(self.checkpointables)
-    if not path and checkpointables is None and not resuming:
+    self.resuming = checkpointables is None and bool(self.checkpointables)
+    self.evaluates = checkpointables is None and not self.checkpointables
+    if self.evaluates and not path:
         raise UserError(
             "config key 'MODEL.WEIGHTS' is empty, and an evaluation of initial weights means nothing: give the path of "
             "a checkpoint."
         )
-    self.loading, self.resuming = os.path.expanduser(path), resuming
+    self.loading = os.path.expanduser(path)
     if path and "://" not in path and not os.path.isfile(self.loading):
         read_checkpoint(path)  # raises the error
     return _host_load(self, self.loading, checkpointables)
@@ -95,7 +96,14 @@ def _load_model(self: Any, checkpoint: dict[str, Any]) -> Any:
     elif isinstance(self.model, PCB):
         self.logger.info(str(load_state(self.model, state, self.loading)))
     else:
-        check_tensors(state, self.model.state_dict(), self.loading)
+        wanted = self.model.state_dict()
+        check_tensors(state, wanted, self.loading)
+        missing = [name for name in wanted if name not in state and not name.endswith("num_batches_tracked")]
+        if self.evaluates and missing:
+            raise UserError(
+                f"Checkpoint {self.loading!r} is of another architecture: it lacks {len(missing)} of the model's "
+                f"{len(wanted)} tensors ({', '.join(missing[:3])}, ...). Name the model that it was trained with."
+            )
         return _host_load_model(self, checkpoint)
     del checkpoint["model"]
     return None

@@ -21,6 +21,7 @@ from csalr_plugin.attention.batch_norm import world_size
 from csalr_plugin.errors import UserError, shown, suggest
 from csalr_plugin.hosts import keys
 from csalr_plugin.hosts.config import CheckedConfig, read_yaml
+from csalr_plugin.hosts.fastreid.datasets import data_root
 from csalr_plugin.hosts.fastreid.ranges import IDENTITY_SAMPLERS, check_of
 from csalr_plugin.hosts.folder import is_folder_name
 from csalr_plugin.hosts.keys import TEXT
@@ -180,7 +181,7 @@ def validate(cfg: CfgNode) -> None:
             "set it to False, and MODEL.BACKBONE.NORM and MODEL.HEADS.NORM to syncBN."
         )
     _check_shares(cfg, world_size())
-    root = Path(os.environ.get("FASTREID_DATASETS", "datasets"))
+    root = Path(data_root())
     of_host = next((name for name in (*cfg.DATASETS.NAMES, *cfg.DATASETS.TESTS) if not is_folder_name(name)), None)
     if of_host is not None and not root.is_dir():
         raise UserError(

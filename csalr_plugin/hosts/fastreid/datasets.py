@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__.replace("csalr_plugin.hosts.fastreid", "fast
 
 def data_root() -> str:
     """Return the current value of the environment variable FASTREID_DATASETS, the folder of the datasets."""
-    return os.environ.get("FASTREID_DATASETS", "datasets")
+    return os.path.expanduser(os.environ.get("FASTREID_DATASETS", "datasets"))
 
 
 class FolderDataset(ImageDataset):  # type: ignore[misc]  # fast-reid carries no types

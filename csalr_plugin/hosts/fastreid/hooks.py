@@ -11,7 +11,7 @@ from fastreid.engine.train_loop import HookBase
 from fastreid.utils.events import EventWriter
 from torch import nn
 
-from csalr_plugin.errors import UserError, first_line, suggest
+from csalr_plugin.errors import UserError, first_line, shown, suggest
 from csalr_plugin.models import PCB, recipe
 
 logger = logging.getLogger(__name__.replace("csalr_plugin.hosts.fastreid", "fastreid.csalr"))
@@ -100,17 +100,17 @@ def frozen_layers(network: nn.Module, names: Sequence[str]) -> list[re.Pattern[s
         layers = _PARTS.get(name, (name,)) if isinstance(network, PCB) else (name,)
         try:
             pattern = re.compile(rf"(?:{'|'.join(layers)})\.")
-        except re.error as error:
+        except (re.error, RecursionError, OverflowError) as error:
             raise UserError(
-                f"config key 'MODEL.FREEZE_LAYERS' has {name!r}, which is no regular expression ({error}); give names "
-                "of layers, such as layer1."
+                f"config key 'MODEL.FREEZE_LAYERS' has {shown(name)}, which is no regular expression ({error}); give "
+                "names of layers, such as layer1."
             ) from None
         if not any(map(pattern.match, parameters)):
             children = [child for child, module in network.named_children() if any(True for _ in module.parameters())]
             allowed = [*(_PARTS if isinstance(network, PCB) else ()), *children]
             paths = [path for path, _ in network.named_modules() if path]
             raise UserError(
-                f"config key 'MODEL.FREEZE_LAYERS' has {name!r}, which is no layer of this network; give some of "
+                f"config key 'MODEL.FREEZE_LAYERS' has {shown(name)}, which is no layer of this network; give some of "
                 f"{', '.join(allowed)}, or layers inside them.{suggest(name, dict.fromkeys([*allowed, *paths]))}"
             )
         patterns.append(pattern)

@@ -67,8 +67,9 @@ class _InFastReID(_Network):
         """
         images = batched_inputs if isinstance(batched_inputs, Tensor) else batched_inputs["images"]
         images = images.to(self.device, memory_format=self.layout)
-        # Not in place, as fast-reid's own: its flip test gives the same tensor again.
-        images = (images - self.pixel_mean) / self.pixel_std
+        # Not in place as in fast-reid, whose flip test gives the same tensor again. In fp32 also for a network in half
+        # precision, where pixels from 0 to 255 would lose digits.
+        images = ((images - self.pixel_mean.float()) / self.pixel_std.float()).to(self.conv1.weight.dtype)
         if self.bf16:
             with torch.autocast(self.device.type, torch.bfloat16):
                 outputs = super().forward(images)

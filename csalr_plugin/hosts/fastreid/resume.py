@@ -60,6 +60,8 @@ def default_setup(cfg: CfgNode, args: Any) -> None:
             make_writable_folder(Path(cfg.OUTPUT_DIR), f"config key 'OUTPUT_DIR' {shown(cfg.OUTPUT_DIR)}")
         resumes = getattr(args, "resume", False) and not getattr(args, "eval_only", False)
         lines = take_settings(cfg) if resumes and isinstance(cfg, Config) else []
+    if getattr(args, "config_file", ""):
+        args.config_file = os.path.expanduser(args.config_file)  # the host copies the file into the log
     _host_default_setup(cfg, args)
     for line in lines:
         logger.info(line)

@@ -142,6 +142,12 @@ class Trainer(DefaultTrainer):  # type: ignore[misc]  # fast-reid carries no typ
             cfg.MODEL.DEVICE = "cpu"
         try:
             model: nn.Module = one_first(partial(super().build_model, cfg))
+        except OSError as error:  # requests' errors are
+            raise UserError(
+                f"pretrained weights for {cfg.MODEL.META_ARCHITECTURE} cannot be read or downloaded "
+                f"({first_line(error)}): give a file with MODEL.BACKBONE.PRETRAIN_PATH, or set MODEL.BACKBONE.PRETRAIN "
+                "False."
+            ) from error
         except KeyError as error:  # such as an unknown MODEL.BACKBONE.DEPTH
             raise UserError(
                 f"fast-reid cannot build {cfg.MODEL.META_ARCHITECTURE}: {first_line(error)} is not known; check "
