@@ -191,6 +191,10 @@ class Trainer(DefaultTrainer):  # type: ignore[misc]  # fast-reid carries no typ
         for hook in theirs:
             if isinstance(hook, hooks.EvalHook):
                 hook._func = partial(self._evaluate, hook._func)
+            if isinstance(hook, hooks.PeriodicCheckpointer):
+                hook.after_epoch = partial(_in_every_process, hook.after_epoch)
+        if not is_main():  # which alone saves
+            theirs.append(hooks.CallbackHook(after_epoch=lambda _: _in_every_process()))
         return [*own, *theirs]
 
     def build_writers(self) -> list[EventWriter]:
@@ -351,6 +355,12 @@ def _assign_rates(cfg: CfgNode, model: PCB, optimizer: torch.optim.Optimizer) ->
         else:
             groups[alike] = group
     optimizer.param_groups[:] = list(groups.values())
+
+
+def _in_every_process(action: Callable[[], None] = lambda: None) -> None:
+    """Call `action`, and let its error end every process."""
+    with together():
+        action()
 
 
 def _in_several_processes(cfg: CfgNode, model: nn.Module, device_ids: list[int], **options: Any) -> nn.Module:
