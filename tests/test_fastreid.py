@@ -126,7 +126,7 @@ def test_a_setting_that_cannot_be_is_one_line(overrides: tuple[str, ...], told: 
         (("CSALR.GROUPS", "3"), "'CSALR.GROUPS' is 3, which does not divide"),
         (("INPUT.SIZE_TRAIN", "[64]"), "must be two positive integers"),
         (("SOLVER.OPT", "Adan"), "Did you mean 'Adam'"),
-        (("CSALR.ACCUMULATE", "2"), "inside fast-reid it must be 1"),
+        (("CSALR.ACCUMULATE", "2"), "in fast-reid it must be 1"),
         (("CSALR.AMP", "fp16"), "SOLVER.AMP.ENABLED True"),
         pytest.param(
             ("SOLVER.AMP.ENABLED", "True"),
@@ -178,7 +178,7 @@ def test_an_image_that_does_not_decode_is_named_before_training(
         (None, "does not exist"),
         ("MODEL: [", "cannot be read as YAML"),
         ("- 1", "must hold a mapping"),
-        ("_BASE_: nowhere.yml", "names as _BASE_ does not exist"),
+        ("_BASE_: nowhere.yml", "its _BASE_ 'nowhere.yml' does not exist"),
         ("CSALR: !!python/object/apply:os.system ['touch ran']", "cannot be read as YAML"),
     ],
 )
@@ -470,10 +470,12 @@ def test_a_batch_that_the_processes_cannot_share_is_one_line(
 @pytest.mark.parametrize(
     ("gpus", "options", "told"),
     [
-        (0, {"num_machines": 2, "machine_rank": 2}, "--machine-rank 2 is no machine's number: .* are 0 to 1"),
+        (0, {"num_machines": 2, "machine_rank": 2}, "--machine-rank 2 must be from 0 to 1: --num-machines is 2"),
         (0, {"num_machines": 2, "dist_url": "auto"}, "--dist-url 'auto' must be tcp://HOST:PORT"),
-        (0, {"args": (SimpleNamespace(num_processes=0),)}, "--num-processes 0 must be a positive integer"),
+        (0, {"args": (SimpleNamespace(num_processes=0),)}, "--num-processes 0 must be an integer from 1 to 256"),
+        (0, {"num_machines": 0}, "--num-machines 0 must be a positive integer"),
         (4096, {}, "--num-gpus 4096: this machine has"),
+        (-1, {}, "--num-gpus -1: this machine has"),
     ],
 )
 def test_processes_that_cannot_be_started_are_one_line(gpus: int, options: dict[str, Any], told: str) -> None:

@@ -197,7 +197,7 @@ def test_the_death_of_a_process_ends_the_training_and_names_the_checkpoint_to_go
     assert process.returncode == 2
     assert "Traceback" not in error
     told = [line for line in error.splitlines() if "error:" in line]
-    assert len(told) == 1 and "one of its processes is gone" in told[0]
+    assert len(told) == 1 and "one of its processes has ended" in told[0]
     assert "the last checkpoint is out/model_" in told[0] and "--resume" in told[0]
 
 

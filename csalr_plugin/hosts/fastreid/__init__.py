@@ -1,14 +1,14 @@
-"""The plugin inside fast-reid, its PyPI package and its repository alike.
+"""The adapter for fast-reid, for its package on PyPI and for its repository.
 
-Importing this package registers the eight architectures in fast-reid's ``META_ARCH_REGISTRY`` and mends what
-fast-reid lacks on today's torch, Python and CPU.
+Importing this package registers the eight architectures in fast-reid's ``META_ARCH_REGISTRY`` and patches fast-reid
+for today's Python and torch, and for machines without a GPU; see the module `compat`.
 """
 
 from __future__ import annotations
 
 from csalr_plugin.hosts.fastreid import compat
 
-compat.apply()  # before anything else here imports a part of fast-reid
+compat.apply()  # before the imports below, which import parts of fast-reid
 
 from csalr_plugin.hosts.fastreid.config import add_csalr_config  # noqa: E402
 from csalr_plugin.hosts.fastreid.meta_architecture import register  # noqa: E402

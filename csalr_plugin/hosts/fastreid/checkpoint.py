@@ -17,7 +17,7 @@ from csalr_plugin.models.weights import check_tensors, load_exactly, load_state,
 _host_load, _host_load_model = Checkpointer.load, Checkpointer._load_model
 
 
-def mend() -> None:
+def patch() -> None:
     """Replace the methods of fast-reid's `Checkpointer` that read and write files."""
     methods = {"save": save, "load": load, "_load_file": _load_file, "_load_model": _load_model}
     for name, method in {**methods, "tag_last_checkpoint": tag_last_checkpoint}.items():

@@ -1,6 +1,6 @@
-"""What fast-reid lacks on today's Python, torch and on a CPU, each mend with its reason.
+"""Patches with which fast-reid 1.4.0 runs on today's Python, torch and torchvision, and without a GPU.
 
-fast-reid 1.4.0 is made for torch 1.13. Numbers are those of issues of JDAI-CV/fast-reid.
+fast-reid 1.4.0 was written for torch 1.13. Numbers such as #700 are issues of JDAI-CV/fast-reid.
 """
 
 from __future__ import annotations
@@ -31,51 +31,52 @@ from csalr_plugin.models import MODEL_NAMES
 
 
 def host() -> ModuleType:
-    """Import fast-reid, all that its training needs, and return its package.
+    """Import fast-reid with every package that its training needs, and return its package.
 
     Raises:
         MissingExtraError: fast-reid, or a package that it needs, is not installed.
     """
-    with needs("fastreid", "csalr_plugin"), _names_that_are_gone():
+    with needs("fastreid", "csalr_plugin"), _removed_names():
         importlib.import_module("fastreid.engine")
     return sys.modules["fastreid"]
 
 
 @contextmanager
-def _names_that_are_gone() -> Iterator[None]:
-    """Lend fast-reid, while it is imported, what Python 3.10 (#713) and torch 2.0 took away.
+def _removed_names() -> Iterator[None]:
+    """Restore two names inside a with statement that imports fast-reid; afterwards remove them again.
 
-    ``from collections import Mapping`` and, in the PyPI release, ``from torch._six import string_classes``.
+    Python 3.10 removed ``collections.Mapping`` (#713). torch 2.0 removed ``torch._six.string_classes``, which the
+    release on PyPI imports.
     """
-    lent_mapping = not hasattr(collections, "Mapping")
-    lent_six = "torch._six" not in sys.modules
-    if lent_mapping:
+    add_mapping = not hasattr(collections, "Mapping")
+    add_six = "torch._six" not in sys.modules
+    if add_mapping:
         vars(collections)["Mapping"] = collections.abc.Mapping
-    if lent_six:
+    if add_six:
         six = ModuleType("torch._six")
         vars(six)["string_classes"] = str
         sys.modules["torch._six"] = six
     try:
         yield
     finally:
-        if lent_mapping:
+        if add_mapping:
             del vars(collections)["Mapping"]
-        if lent_six:
+        if add_six:
             del sys.modules["torch._six"]
 
 
 def apply() -> None:
-    """Mend the imported fast-reid; may be called again.
+    """Import fast-reid and apply every patch. Further calls have no effect.
 
     Raises:
-        UserError: fast-reid is not installed.
+        MissingExtraError: fast-reid, or a package that it needs, is not installed.
     """
-    if getattr(host(), "csalr_plugin_mended", False):
+    if getattr(host(), "csalr_plugin_patched", False):
         return
-    for mend in (
+    for patch in (
         step_every_weight,
         load_data_without_cuda,
-        tell_errors_of_loading,
+        raise_loading_errors,
         rank_without_a_compiler,
         rank_small_galleries,
         rerank_without_cuda,
@@ -83,15 +84,15 @@ def apply() -> None:
         resize_alike,
         read_file_names,
         accept_folder_names,
-        mend_checkpoints,
-        transform_with_todays_torchvision,
+        write_complete_checkpoints,
+        transform_with_current_torchvision,
         print_short_trainings,
-        protect_the_log,
+        protect_log,
         launch_without_cuda,
         set_up_resumed_runs,
     ):
-        mend()
-    host().csalr_plugin_mended = True  # type: ignore[attr-defined]
+        patch()
+    host().csalr_plugin_patched = True  # type: ignore[attr-defined]
 
 
 def _module(name: str) -> ModuleType:
@@ -99,17 +100,18 @@ def _module(name: str) -> ModuleType:
 
 
 def step_every_weight() -> None:
-    """Give the optimizer the weights themselves, not one buffer of them all (#700, #704).
+    """Give the optimizer the weights, not one contiguous buffer of them (#700, #704).
 
-    The buffer's gradient is set to None by ``zero_grad``, torch's default since 2.0, while the weights' own
-    gradients stay views of what it was: no step is ever made, silently, and with mixed precision the first one
-    is an error. torch's optimizers fuse their steps by themselves now, which the buffer was for.
+    Since torch 2.0 ``zero_grad`` sets the gradient of that buffer to None, while the gradients of the weights stay
+    views of the old one. Without this patch no optimizer step changes a weight, and no error is raised; with mixed
+    precision the first step is an error. The buffer was meant to make steps faster, which torch's optimizers now do
+    without it.
     """
     _module("solver.build").build_optimizer.__defaults__ = (False,)
 
 
 def load_data_without_cuda() -> None:
-    """Load batches without a CUDA stream where there is no CUDA."""
+    """Load batches without a CUDA stream on a machine without CUDA."""
     if torch.cuda.is_available():
         return
     for module in (_module("data.data_utils"), _module("data.build")):
@@ -117,19 +119,19 @@ def load_data_without_cuda() -> None:
 
 
 class LoaderWithoutCuda(DataLoader):  # type: ignore[type-arg]
-    """torch's own loader with the arguments of fast-reid's `DataLoaderX`.
+    """torch's `DataLoader` with the arguments of fast-reid's `DataLoaderX`.
 
     Args:
-        local_rank: the GPU to load to; there is none.
-        options: those of torch's loader; memory is never pinned.
+        local_rank: number of a GPU; unused.
+        options: arguments of torch's loader; memory is never pinned.
     """
 
     def __init__(self, local_rank: int, **options: Any) -> None:
         super().__init__(**{**options, "pin_memory": False})
 
 
-def tell_errors_of_loading() -> None:
-    """Let an error of the loading thread reach the training, which would wait for its next batch for ever."""
+def raise_loading_errors() -> None:
+    """Raise an error of the loading thread in the training loop, which would otherwise wait for ever for a batch."""
     background = _module("data.data_utils").BackgroundGenerator
     run, following = background.run, background.next
 
@@ -152,30 +154,30 @@ def tell_errors_of_loading() -> None:
 
 
 def rank_without_a_compiler() -> None:
-    """Rank in Python where the Cython ranking is not built.
+    """Rank in Python if the Cython ranking is not compiled.
 
-    fast-reid compiles it into its own installed package at the first evaluation, and ends the process where it
-    cannot, as on Python 3.12 and newer, which have no distutils: after the first epochs of a training.
+    fast-reid compiles the Cython ranking at the first evaluation, after the first epochs of a training. If that fails,
+    as on Python 3.12 and newer, which have no distutils, fast-reid ends the process.
     """
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Cython rank")  # that it is not built
+        warnings.filterwarnings("ignore", message="Cython rank")
         _module("evaluation.rank")
     evaluator: Any = _module("evaluation.reid_evaluation").ReidEvaluator
     evaluator._compile_dependencies = _compile_nothing
 
 
 def _compile_nothing(evaluator: Any) -> None:
-    """Take the place of the evaluator's compiling."""
+    """Replace `ReidEvaluator._compile_dependencies`."""
 
 
 def rank_small_galleries() -> None:
-    """Rank galleries of fewer than some 50 images, whose curves differ in length: an error since NumPy 1.24."""
+    """Rank galleries of fewer than about 50 images, whose CMC curves differ in length: an error since NumPy 1.24."""
     rank = _module("evaluation.rank")
     rank.evaluate_rank = padded(rank.evaluate_rank)  # type: ignore[attr-defined]
 
 
 def rerank_without_cuda() -> None:
-    """Let re-ranking search on the CPU where there is no GPU, which ``build_dist`` asks for whatever there is."""
+    """Search on the CPU in re-ranking on a machine without CUDA; ``build_dist`` always requests a GPU."""
     if torch.cuda.is_available():
         return
     compute_dist = _module("utils.compute_dist")
@@ -259,37 +261,37 @@ def accept_folder_names() -> None:
     registry.get = get
 
 
-def mend_checkpoints() -> None:
+def write_complete_checkpoints() -> None:
     """Write checkpoints completely or not at all, and read them without running code; see the module `checkpoint`."""
     from csalr_plugin.hosts.fastreid import checkpoint
 
-    checkpoint.mend()
+    checkpoint.patch()
 
 
 def set_up_resumed_runs() -> None:
-    """Let `default_setup` take settings from the checkpoint of a resumed training, and check OUTPUT_DIR."""
+    """Make `default_setup` check OUTPUT_DIR and take settings from the checkpoint of a resumed training."""
     from csalr_plugin.hosts.fastreid import resume
 
     engine: Any = _module("engine")
     engine.default_setup = resume.default_setup
 
 
-def transform_with_todays_torchvision() -> None:
-    """Accept the old argument names of RandomAffine, which INPUT.AFFINE.ENABLED passes and torchvision 0.15 removed."""
-    todays = SimpleNamespace(**vars(transforms))
-    todays.RandomAffine = RandomAffine
-    _module("data.transforms.build").T = todays  # type: ignore[attr-defined]
+def transform_with_current_torchvision() -> None:
+    """Accept the old argument names of `RandomAffine` for INPUT.AFFINE.ENABLED; torchvision 0.15 removed them."""
+    current = SimpleNamespace(**vars(transforms))
+    current.RandomAffine = RandomAffine
+    _module("data.transforms.build").T = current  # type: ignore[attr-defined]
 
 
 class RandomAffine(transforms.RandomAffine):
-    """torchvision's transform with the old names of its arguments."""
+    """torchvision's `RandomAffine` with the old names `resample` and `fillcolor` of its arguments."""
 
     def __init__(self, *args: Any, resample: Any = None, fillcolor: Any = None, **options: Any) -> None:
         super().__init__(*args, fill=fillcolor or 0, **options)
 
 
 def print_short_trainings() -> None:
-    """Let a training of fewer than three iterations be printed twice at one of them, a division by zero."""
+    """Print the metrics twice at one iteration, as a training of fewer than three does, without a division by zero."""
     events = _module("utils.events")
     printer: Any = events.CommonMetricPrinter
     write = printer.write
@@ -302,8 +304,11 @@ def print_short_trainings() -> None:
     printer.write = write_again
 
 
-def protect_the_log() -> None:
-    """Warn once when the log cannot be written, without a stack trace for every line; a closed console ends the run."""
+def protect_log() -> None:
+    """Warn once if the log cannot be written. Python would print a stack trace for every line of the log.
+
+    A closed standard output still ends the run.
+    """
     set_up = _module("utils.logger").setup_logger
 
     def setup_logger(*args: Any, **options: Any) -> logging.Logger:
@@ -318,7 +323,7 @@ def protect_the_log() -> None:
 
 
 class _LogError:
-    """Takes the place of a handler's `handleError`, which prints a stack trace."""
+    """A replacement of a handler's `handleError`, which prints a stack trace."""
 
     told = False
 
@@ -332,7 +337,7 @@ class _LogError:
 
 
 def launch_without_cuda() -> None:
-    """Let `launch` start several processes, of any script, with CUDA or without, and the flags say how many."""
+    """Replace `launch` and the flags, so that any script can run in several processes, with CUDA or without."""
     from csalr_plugin.hosts.fastreid import launch
 
     engine: Any = _module("engine")

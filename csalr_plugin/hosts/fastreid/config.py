@@ -1,4 +1,4 @@
-"""fast-reid's configuration with the plugin's node beside it: any case, checked, one line an error."""
+"""fast-reid's configuration and the plugin's node `CSALR`: keys in any case, every value checked."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ from csalr_plugin.models import MODEL_NAMES
 
 _OUR_CHECKS = {f"CSALR.{key.name.upper()}": key.check for key in keys.KEYS}
 
-# Keys of the plugin that only another value than this one needs what fast-reid's loop does not do.
-_LEFT_TO_THE_HOST = {
+# Keys of the plugin that fast-reid's training loop does not support: the value they must have, and the reason.
+_UNSUPPORTED = {
     "ACCUMULATE": (1, "fast-reid makes an optimizer step of every batch"),
     "COMPILE": (False, "fast-reid's loop calls the network with more than tensors"),
     "TENSORBOARD.MAPS_EVERY": (0, "fast-reid writes its own TensorBoard log"),
@@ -46,11 +46,11 @@ class Config(CheckedConfig, CfgNode):  # type: ignore[misc]  # fast-reid carries
 
     @property
     def resumes(self) -> bool:
-        """Whether the training goes on from a checkpoint, so that no pretrained weights are needed."""
+        """Whether the training resumes from a checkpoint, so that it needs no pretrained weights."""
         return bool(self.__dict__.get("_resumes", False))
 
     def set_resumes(self) -> None:
-        """Note that the training goes on from a checkpoint. This is no setting: no file records it."""
+        """Record that the training resumes from a checkpoint. This is not a setting: it is not written to a file."""
         self.__dict__["_resumes"] = True
 
     def in_case(self, key: str) -> str:
@@ -58,7 +58,7 @@ class Config(CheckedConfig, CfgNode):  # type: ignore[misc]  # fast-reid carries
         return "MODEL.META_ARCHITECTURE" if key.upper() == "MODEL.NAME" else key.upper()
 
     def checked(self, key: str, value: Any, current: Any) -> Any:
-        """Return `value` as parsed by the check of `key` or, for a key without one, by fast-reid."""
+        """Return `value` as parsed by the check of `key`; a key without a check is parsed by fast-reid."""
         name = self.in_case(key)
         if check := _OUR_CHECKS.get(name) or check_of(name, current):
             given = check(key, value)
@@ -73,10 +73,10 @@ class Config(CheckedConfig, CfgNode):  # type: ignore[misc]  # fast-reid carries
 
         Args:
             cfg_filename: path of the file.
-            allow_unsafe: an argument of fast-reid's that has no effect: no file runs code.
+            allow_unsafe: has no effect; a config file never runs code.
 
         Raises:
-            UserError: a file is missing, is not YAML or names itself as its base; and as `merge_from_list`.
+            UserError: a file is missing, is not YAML or names itself as its base; and the errors of `merge_from_list`.
         """
         contents: list[Mapping[str, Any]] = []
         path, seen = Path(cfg_filename).expanduser(), set[Path]()
@@ -94,8 +94,8 @@ class Config(CheckedConfig, CfgNode):  # type: ignore[misc]  # fast-reid carries
             named_by, path = path, path.parent / Path(TEXT(BASE_KEY, base)).expanduser()
             if not os.path.isfile(path):
                 raise UserError(
-                    f"config file {shown(str(named_by))}: the file {shown(str(path))} that it names as _BASE_ does not "
-                    "exist; a relative path starts at the folder of the file that names it."
+                    f"config file {shown(str(named_by))}: its _BASE_ {shown(str(path))} does not exist; a relative "
+                    "path starts at the folder of the config file."
                 )
         else:
             raise UserError(f"config file {shown(str(path))} is its own _BASE_; remove that line.")
@@ -106,16 +106,16 @@ class Config(CheckedConfig, CfgNode):  # type: ignore[misc]  # fast-reid carries
         """Merge pairs ``[key, value, key, value, ...]``; a value may be text, as on the command line.
 
         Raises:
-            UserError: for a flag or a file among the pairs, an unknown key (with the nearest names), a value that is
-                not allowed, or a key without a value.
+            UserError: for a flag after a key, a file in place of a key, an unknown key (with the nearest names), a
+                value that is not allowed, or a key without a value.
         """
         words = [str(word) for word in cfg_list]
         if flag := next((word for word in words if word.startswith("--")), ""):
             raise UserError(f"flag {shown(flag)} stands after a config key; give the flags before the first key.")
         if words and (words[0].endswith(".pth") or os.path.isfile(words[0])):
             raise UserError(
-                f"{shown(words[0])} is no config key. --resume takes no file: it goes on from the last checkpoint in "
-                "OUTPUT_DIR. To start from the weights of a file give MODEL.WEIGHTS and the file."
+                f"{shown(words[0])} is not a config key. --resume takes no file: it resumes from the last checkpoint "
+                "in OUTPUT_DIR. To start from the weights of a file, give MODEL.WEIGHTS and the file."
             )
         super().merge_from_list(cfg_list)
 
@@ -123,13 +123,14 @@ class Config(CheckedConfig, CfgNode):  # type: ignore[misc]  # fast-reid carries
 def add_csalr_config(cfg: CfgNode) -> None:
     """Add the plugin's node `CSALR` with its defaults to fast-reid's settings, in place.
 
-    From then on `cfg` takes keys in any case, checks each value when it is merged, and tells a mistake in one line.
+    `cfg` then accepts keys in any case and checks every value that is merged.
 
     Args:
-        cfg: from ``fastreid.config.get_cfg()``.
+        cfg: the settings from ``fastreid.config.get_cfg()``.
     """
     cfg.CSALR = CfgNode(_in_capitals(keys.defaults()))
-    object.__setattr__(cfg, "__class__", Config)  # in place, as a project's add_NAME_config does; yacs refuses it
+    # In place, as the function add_NAME_config of each project of fast-reid; yacs refuses a plain assignment.
+    object.__setattr__(cfg, "__class__", Config)
 
 
 def _in_capitals(tree: Mapping[str, Any]) -> dict[str, Any]:
@@ -137,7 +138,7 @@ def _in_capitals(tree: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def validate(cfg: CfgNode) -> None:
-    """Check what needs several settings, fast-reid's registries, or is another's in this host.
+    """Check combinations of settings, names against fast-reid's registries, and settings that the host lacks.
 
     Raises:
         UserError: for the first setting that is not allowed.
@@ -159,21 +160,26 @@ def validate(cfg: CfgNode) -> None:
         for name in cfg.DATASETS[key]:
             if not is_folder_name(name):
                 _check_name(f"DATASETS.{key}", name, DATASET_REGISTRY, "folder:PATH")
-    for key, (only, reason) in _LEFT_TO_THE_HOST.items():
+    for key, (only, reason) in _UNSUPPORTED.items():
         value: Any = ours
         for part in key.split("."):
             value = value[part]
         if value != only:
-            raise UserError(f"config key 'CSALR.{key}' is {value}; inside fast-reid it must be {only}: {reason}.")
+            raise UserError(f"config key 'CSALR.{key}' is {value}; in fast-reid it must be {only}: {reason}.")
     if ours.AMP == "fp16":
         raise UserError(
-            "config key 'CSALR.AMP' is 'fp16'; inside fast-reid set SOLVER.AMP.ENABLED True, which has the loss scale "
-            "that fp16 needs, or CSALR.AMP bf16."
+            "config key 'CSALR.AMP' is 'fp16'; in fast-reid set SOLVER.AMP.ENABLED True, which has the loss scale that "
+            "fp16 needs, or CSALR.AMP bf16."
         )
     if cfg.SOLVER.AMP.ENABLED and not torch.cuda.is_available():
         raise UserError(
-            "config key 'SOLVER.AMP.ENABLED' is True, and fast-reid's mixed precision needs CUDA, which is not there; "
-            "set it to False, or CSALR.AMP bf16, which needs none."
+            "config key 'SOLVER.AMP.ENABLED' is True, and fast-reid's mixed precision needs CUDA, which this machine "
+            "lacks; set it to False, or set CSALR.AMP bf16, which does not need CUDA."
+        )
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if gpus and cfg.MODEL.DEVICE.startswith("cuda:") and int(cfg.MODEL.DEVICE.removeprefix("cuda:")) >= gpus:
+        raise UserError(
+            f"config key 'MODEL.DEVICE' is '{cfg.MODEL.DEVICE}'; the last GPU of this machine is cuda:{gpus - 1}."
         )
     if ours.SYNC_BATCH_NORM and cfg.MODEL.META_ARCHITECTURE not in MODEL_NAMES:
         raise UserError(
@@ -200,14 +206,14 @@ def _check_optimizer(cfg: CfgNode) -> None:
 
 @cache
 def usable_optimizers() -> tuple[str, ...]:
-    """Return the names of those optimizers of torch that train a convolution in the loop of fast-reid."""
+    """Return the names of the optimizers of torch that can train a convolution in fast-reid's loop."""
 
     def can_train(optimizer: Any) -> bool:
         weight = torch.nn.Parameter(torch.zeros(1, 1, 1, 1))
         weight.grad = torch.ones_like(weight)
         try:
             optimizer([{"params": [weight], "lr": 0.001, "weight_decay": 0.0}], lr=0.001).step()
-        except Exception:  # each optimizer raises an error of its own
+        except Exception:  # the type of the error depends on the optimizer
             return False
         return True
 
@@ -216,7 +222,7 @@ def usable_optimizers() -> tuple[str, ...]:
 
 
 def _check_shares(cfg: CfgNode, processes: int) -> None:
-    """Check that each process has its share of every batch; the samplers would make smaller ones, or wait for ever."""
+    """Check that the processes can share each batch equally. The samplers would make smaller batches or never end."""
     batch = cfg.SOLVER.IMS_PER_BATCH
     if batch % processes or batch < 2 * processes:
         raise UserError(
@@ -237,7 +243,7 @@ def _check_shares(cfg: CfgNode, processes: int) -> None:
 
 
 def _check_name(key: str, name: str, registry: Any, *more: str) -> None:
-    """Check that `name` is in one of fast-reid's registries or a tuple of names, or one of `more`."""
+    """Check that `name` is in a registry of fast-reid or a tuple of names, or one of `more`."""
     allowed = (*(registry if isinstance(registry, tuple) else registry._obj_map), *more)
     if name not in allowed:
         raise UserError(

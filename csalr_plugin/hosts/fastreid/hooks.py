@@ -12,7 +12,7 @@ from fastreid.utils.events import EventWriter
 from torch import nn
 
 from csalr_plugin.errors import UserError, first_line, shown, suggest
-from csalr_plugin.models import PCB, recipe
+from csalr_plugin.models import PCB, RefinedPCB, recipe
 
 logger = logging.getLogger(__name__.replace("csalr_plugin.hosts.fastreid", "fastreid.csalr"))
 
@@ -43,6 +43,11 @@ class TrainedLayers(HookBase):  # type: ignore[misc]  # fast-reid carries no typ
         self.iterations: int = cfg.SOLVER.FREEZE_ITERS if cfg.MODEL.FREEZE_LAYERS else 0
         self.patterns = frozen_layers(network, cfg.MODEL.FREEZE_LAYERS)
         self.alone = False
+        if isinstance(network, RefinedPCB) and cfg.SOLVER.MAX_EPOCH <= self.phases.PCB_EPOCHS:
+            logger.warning(
+                f"CSALR.RPP.PCB_EPOCHS {self.phases.PCB_EPOCHS}: refined part pooling starts after the last epoch, "
+                f"SOLVER.MAX_EPOCH {cfg.SOLVER.MAX_EPOCH}, so this trains PCB alone"
+            )
         if cfg.MODEL.FREEZE_LAYERS and not self.iterations:
             logger.warning(
                 f"MODEL.FREEZE_LAYERS {list(cfg.MODEL.FREEZE_LAYERS)} freezes nothing: SOLVER.FREEZE_ITERS is 0"

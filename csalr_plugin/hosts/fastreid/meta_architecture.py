@@ -1,4 +1,4 @@
-"""The plugin's networks as fast-reid's meta-architectures: batches in, a dictionary of losses or embeddings out."""
+"""The plugin's networks as meta-architectures of fast-reid, which compute losses or embeddings of a batch."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ from csalr_plugin.models import MODEL_NAMES, head_and_attention, recipe
 from csalr_plugin.models.pcb import PCB, RefinedPCB
 from csalr_plugin.models.weights import load_backbone
 
-_Network: Any = object  # in the two classes that are built, PCB or RefinedPCB comes next
+_Network: Any = object  # PCB or RefinedPCB takes its place in the two classes below
 
 
 class _InFastReID(_Network):
-    """What fast-reid asks of a meta-architecture; the weights have the names that they have in the network alone.
+    """The interface of a meta-architecture of fast-reid. The weights keep the names of the network.
 
     Args:
         cfg: fast-reid's settings with the node `CSALR`.
-        num_classes: training identities.
-        options: those of the network.
+        num_classes: number of training identities.
+        options: options of the network.
     """
 
     pixel_mean: Tensor
@@ -51,25 +51,27 @@ class _InFastReID(_Network):
 
     @property
     def device(self) -> torch.device:
-        """Where the network is, and where its batches go."""
+        """The device of the network, to which batches are moved."""
         return self.pixel_mean.device
 
     def forward(self, batched_inputs: Mapping[str, Any] | Tensor) -> Any:
-        """A batch of fast-reid's loader to what the mode asks for.
+        """Compute losses in training mode, or embeddings in eval mode.
 
         Args:
-            batched_inputs: "images" (B, 3, H, W), RGB from 0 to 255, and in training mode "targets" (B,); or the
-                images alone.
+            batched_inputs: a batch of fast-reid's loader: "images" (B, 3, H, W), RGB from 0 to 255, and in training
+                mode "targets" (B,). In eval mode also the images alone.
 
         Returns:
-            In training mode the terms of Eq. 18 by name, scalars that add up to the loss; in eval mode the embedding
-            (B, parts * 2048), see `PCB.forward`.
+            In training mode the terms of Eq. 18 by name, scalars whose sum is the loss. In eval mode the embeddings
+            (B, parts * 2048) in fp32, see `PCB.forward`.
         """
         images = batched_inputs if isinstance(batched_inputs, Tensor) else batched_inputs["images"]
         images = images.to(self.device, memory_format=self.layout)
-        # Not in place as in fast-reid, whose flip test gives the same tensor again. In fp32 also for a network in half
-        # precision, where pixels from 0 to 255 would lose digits.
-        images = ((images - self.pixel_mean.float()) / self.pixel_std.float()).to(self.conv1.weight.dtype)
+        # Not in place as in fast-reid, whose flip test passes the same tensor twice. In fp32 also for a network in half
+        # precision: pixels from 0 to 255 would lose digits.
+        dtype = self.conv1.weight.dtype
+        mean, std = (one.to(torch.promote_types(dtype, torch.float32)) for one in (self.pixel_mean, self.pixel_std))
+        images = ((images - mean) / std).to(dtype)
         if self.bf16:
             with torch.autocast(self.device.type, torch.bfloat16):
                 outputs = super().forward(images)
@@ -78,19 +80,19 @@ class _InFastReID(_Network):
         if not self.training:
             return outputs.float()
         assert not isinstance(batched_inputs, Tensor)
-        # Precise batch norm gives -1 for identities that it does not know; the losses are not used then.
+        # fast-reid's PreciseBN passes -1 for every identity, and does not use the losses.
         return self.losses(outputs, batched_inputs["targets"].to(self.device).clamp(min=0))
 
     def losses(self, outputs: Any, identities: Tensor) -> dict[str, Tensor]:
-        """The terms of Eq. 18, L_F + lambda * sum_i L_DS_i, each by fast-reid's own losses and scales.
+        """Compute the terms of Eq. 18, L_F + lambda * sum_i L_DS_i, with fast-reid's losses and scales.
 
         Args:
-            outputs: of the network in training mode.
+            outputs: outputs of the network in training mode.
             identities: (B,).
 
         Returns:
-            "loss_F", the sum of the parts' losses, "loss_DS_stageN" for each supervision branch, times lambda, and
-            what else MODEL.LOSSES.NAME names, of the embedding.
+            "loss_F", the sum of the losses of the parts; "loss_DS_stageN" for each supervision branch, times lambda;
+            and the other losses in MODEL.LOSSES.NAME, computed from the embedding.
         """
         logits, features = outputs if isinstance(outputs, tuple) else (outputs, None)
         logits = [one.float() for one in logits]
@@ -125,7 +127,7 @@ class _InFastReID(_Network):
         return terms
 
 
-class FastReIDPCB(_InFastReID, PCB):  # type: ignore[misc]  # batches in, not images
+class FastReIDPCB(_InFastReID, PCB):  # type: ignore[misc]  # forward takes batches, not images
     """PCB as a meta-architecture of fast-reid."""
 
 
@@ -138,12 +140,12 @@ def build(name: str, cfg: CfgNode) -> PCB:
 
     Args:
         name: one of `MODEL_NAMES`.
-        cfg: with the node `CSALR`. ``MODEL.BACKBONE.PRETRAIN`` asks for ImageNet weights, from
-            ``CSALR.PRETRAINED_WEIGHTS``, else ``MODEL.BACKBONE.PRETRAIN_PATH``, else a download; not where
-            ``MODEL.WEIGHTS`` is given.
+        cfg: fast-reid's settings with the node `CSALR`. With ``MODEL.BACKBONE.PRETRAIN True`` and no
+            ``MODEL.WEIGHTS`` the backbone gets ImageNet weights from ``CSALR.PRETRAINED_WEIGHTS``, or else from
+            ``MODEL.BACKBONE.PRETRAIN_PATH``, or else by a download.
 
     Raises:
-        UserError: the node is missing, or as `csalr_plugin.models.build_model`.
+        UserError: the node is missing; and the errors of `csalr_plugin.models.build_model`.
     """
     if "CSALR" not in cfg:
         raise UserError(f"MODEL.META_ARCHITECTURE {name!r} needs the node CSALR: call add_csalr_config(cfg) first.")
@@ -152,8 +154,7 @@ def build(name: str, cfg: CfgNode) -> PCB:
     settings, metric_losses = cfg.CSALR, set(cfg.MODEL.LOSSES.NAME) - {"CrossEntropyLoss"}
     model = architecture(
         cfg,
-        # 0 where only an evaluation follows: its classifiers are not used.
-        max(1, cfg.MODEL.HEADS.NUM_CLASSES),
+        max(1, cfg.MODEL.HEADS.NUM_CLASSES),  # 0 in an evaluation, which does not use the classifiers
         attention=attention,
         loss="triplet" if metric_losses else "softmax",
         stages=tuple(settings.STAGES),
@@ -167,10 +168,10 @@ def build(name: str, cfg: CfgNode) -> PCB:
 
 
 def register(names: Sequence[str] = MODEL_NAMES) -> None:
-    """Add the plugin's models to fast-reid's ``META_ARCH_REGISTRY``; may be called again.
+    """Add the plugin's models to fast-reid's ``META_ARCH_REGISTRY``. Further calls have no effect.
 
     Raises:
-        UserError: fast-reid has a model of its own under one of the names.
+        UserError: the registry has another model with one of the names.
     """
     present: dict[str, Any] = META_ARCH_REGISTRY._obj_map
     for name in names:
@@ -179,7 +180,7 @@ def register(names: Sequence[str] = MODEL_NAMES) -> None:
         elif getattr(present[name], "__module__", None) != __name__:
             raise UserError(
                 f"fast-reid already has a model named '{name}' ({present[name]!r}), which csalr_plugin does not "
-                "replace; rename that one to use the plugin's."
+                "replace; rename it to use the plugin's model."
             )
 
 

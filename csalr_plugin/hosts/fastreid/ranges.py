@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import torch
 from fastreid.layers import any_softmax, pooling
 
 from csalr_plugin.hosts.keys import BOOLEAN, MANY, PATH, TEXT, Check, integer, list_of, number, one_of
@@ -37,19 +36,17 @@ def _parse_norm_type(value: Any) -> float:
 
 
 def _parse_device(value: Any) -> str:
-    try:
-        kind = torch.device(TEXT.parse(value)).type
-    except RuntimeError:
-        raise ValueError from None
-    if kind not in ("cpu", "cuda", "mps", "xpu"):
+    name: str = TEXT.parse(value)
+    index = name.removeprefix("cuda:")
+    if name not in ("cpu", "cuda") and (index == name or not (index.isascii() and index.isdigit())):
         raise ValueError
-    return str(TEXT.parse(value))
+    return name
 
 
 CHECKS: dict[str, Check] = {
-    "MODEL.DEVICE": Check("a device with arithmetic, such as cpu, cuda or cuda:1", _parse_device),
+    "MODEL.DEVICE": Check("cpu, cuda, or cuda:N with the number of a GPU", _parse_device),
     "MODEL.FREEZE_LAYERS": list_of(TEXT),
-    "MODEL.QUEUE_SIZE": integer(1),
+    "MODEL.QUEUE_SIZE": integer(1, MANY),
     "MODEL.BACKBONE.LAST_STRIDE": integer(1, 2),
     "MODEL.BACKBONE.FEAT_DIM": integer(1, MANY),
     "MODEL.BACKBONE.NORM": _NORM,
@@ -93,7 +90,7 @@ CHECKS: dict[str, Check] = {
     "INPUT.CROP.RATIO": list_of(number(above=0), 2),
     "INPUT.FLIP.PROB": _PROBABILITY,
     "INPUT.PADDING.MODE": one_of("constant", "edge", "reflect", "symmetric"),
-    "INPUT.PADDING.SIZE": integer(0, 10_000),
+    "INPUT.PADDING.SIZE": integer(0, 1000),
     "INPUT.CJ.PROB": _PROBABILITY,
     "INPUT.CJ.BRIGHTNESS": _FACTOR,
     "INPUT.CJ.CONTRAST": _FACTOR,

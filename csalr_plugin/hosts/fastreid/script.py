@@ -1,4 +1,4 @@
-"""Runs a script of fast-reid's, unmodified, with the plugin loaded."""
+"""Running an unmodified script of fast-reid with the plugin loaded."""
 
 from __future__ import annotations
 
@@ -16,12 +16,18 @@ from csalr_plugin.hosts.script import execute, find_script, interpreter_state, r
 
 
 def run_script(path: str | Path, argv: Sequence[str]) -> None:
-    """Run the script at `path` as ``python PATH ARGV...`` would, with the plugin's models registered.
+    """Run a script as ``python PATH ARGV...`` would, with the plugin's models registered.
 
-    Its ``get_cfg()`` has the node `CSALR` and the plugin's checks, and its `DefaultTrainer` is the plugin's `Trainer`.
+    In the script, the result of ``get_cfg()`` has the node `CSALR` and checks every value, and `DefaultTrainer` is the
+    plugin's `Trainer`.
+
+    Args:
+        path: path of the script.
+        argv: its arguments.
+
     Raises:
-        UserError: there is no such script, or anything that the user gave cannot be used.
-        SystemExit: when the script ends so.
+        UserError: there is no such script, or something that the user gave cannot be used.
+        SystemExit: the script exits.
     """
     script = find_script(path)
     host_get_cfg = fastreid.config.get_cfg
@@ -32,7 +38,7 @@ def run_script(path: str | Path, argv: Sequence[str]) -> None:
         return cfg
 
     with ExitStack() as stack:
-        if os.environ.get("RANK", "0") != "0":  # the first process alone prints, from the script's first line on
+        if os.environ.get("RANK", "0") != "0":  # only the first process prints
             stack.enter_context(redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
         stack.enter_context(interpreter_state(script.parent))
         stack.enter_context(replaced(fastreid.config, {"get_cfg": get_cfg}))

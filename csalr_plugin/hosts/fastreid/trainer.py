@@ -93,10 +93,13 @@ class Trainer(DefaultTrainer):  # type: ignore[misc]  # fast-reid carries no typ
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode) -> Any:
-        """The host's loader, from the dataset root that the environment names now, not when it was imported.
+        """Build the host's loader of training batches.
+
+        The root of the datasets is the current value of FASTREID_DATASETS; fast-reid reads it when it is imported.
 
         Raises:
-            UserError: the training images do not fill one batch, or their identities one of an identity sampler's.
+            UserError: there are fewer training images than a batch has, or fewer identities than a batch of an identity
+                sampler has.
         """
         host_data._root = data_root()
         loader = super().build_train_loader(cfg)
@@ -107,7 +110,7 @@ class Trainer(DefaultTrainer):  # type: ignore[misc]  # fast-reid carries no typ
             )
         identities = cfg.SOLVER.IMS_PER_BATCH // cfg.DATALOADER.NUM_INSTANCE
         if cfg.DATALOADER.SAMPLER_TRAIN in IDENTITY_SAMPLERS and loader.dataset.num_classes < identities:
-            raise UserError(  # else the sampler looks for them for ever
+            raise UserError(  # the sampler would never end
                 f"config key 'DATALOADER.NUM_INSTANCE' is {cfg.DATALOADER.NUM_INSTANCE}, so a batch of "
                 f"SOLVER.IMS_PER_BATCH {cfg.SOLVER.IMS_PER_BATCH} has {identities} identities, more than the "
                 f"{loader.dataset.num_classes} of {', '.join(cfg.DATASETS.NAMES)}; give a smaller batch."
@@ -116,7 +119,7 @@ class Trainer(DefaultTrainer):  # type: ignore[misc]  # fast-reid carries no typ
 
     @classmethod
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> Any:
-        """The host's loader, from the dataset root that the environment names now, not when it was imported.
+        """Build the host's loader of query and gallery images; see `build_train_loader` for the root.
 
         Raises:
             UserError: the dataset is missing or empty, or no query has a match in its gallery.
@@ -127,7 +130,7 @@ class Trainer(DefaultTrainer):  # type: ignore[misc]  # fast-reid carries no typ
 
     @classmethod
     def build_model(cls, cfg: CfgNode) -> nn.Module:
-        """Build the model on a device that exists, and log its cost.
+        """Build the model on the GPU, or on the CPU of a machine without CUDA, and log its cost.
 
         Raises:
             UserError: for settings that are not allowed.
@@ -164,10 +167,10 @@ class Trainer(DefaultTrainer):  # type: ignore[misc]  # fast-reid carries no typ
 
     @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> tuple[torch.optim.Optimizer, Any]:
-        """Build the host's optimizer; new layers, blocks and gates of a plugin model have learning rates of their own.
+        """Build the host's optimizer, with the learning rates of the plugin's models.
 
-        With r = SOLVER.BASE_LR the backbone learns at r and new layers at h = r * SOLVER.HEADS_LR_FACTOR. Blocks and
-        supervision branches learn at h * CSALR.ATTENTION_LR, gates at h * CSALR.GATE_LR; see `recipe.assign_role`.
+        With r = SOLVER.BASE_LR the backbone has the rate r and new layers the rate h = r * SOLVER.HEADS_LR_FACTOR.
+        Blocks and supervision branches have h * CSALR.ATTENTION_LR, gates h * CSALR.GATE_LR; see `recipe.assign_role`.
         """
         cfg = cfg.clone()
         cfg.defrost()
@@ -204,15 +207,18 @@ class Trainer(DefaultTrainer):  # type: ignore[misc]  # fast-reid carries no typ
     def resume_or_load(self, resume: bool = True) -> None:
         """Resume from the last checkpoint in OUTPUT_DIR, or load MODEL.WEIGHTS.
 
+        Args:
+            resume: whether to resume, if there is a checkpoint.
+
         Raises:
-            UserError: a checkpoint cannot be used; or the training does not resume, and OUTPUT_DIR holds the
-                checkpoints of another one.
+            UserError: a checkpoint cannot be used; or `resume` is False, and OUTPUT_DIR holds the checkpoints of an
+                earlier training.
         """
         with together():
             if not resume and self.checkpointer.has_checkpoint() and not self.cfg.CSALR.OVERWRITE:
                 raise UserError(
                     f"OUTPUT_DIR '{self.cfg.OUTPUT_DIR}' holds an earlier training's checkpoints: give another folder, "
-                    "go on with --resume, or replace them with CSALR.OVERWRITE True."
+                    "resume that training with --resume, or replace the checkpoints with CSALR.OVERWRITE True."
                 )
             if is_main() and self.cfg.OUTPUT_DIR:
                 remove_unfinished(Path(self.cfg.OUTPUT_DIR))
@@ -222,8 +228,8 @@ class Trainer(DefaultTrainer):  # type: ignore[misc]  # fast-reid carries no typ
                 super().resume_or_load(resume=False)
         if len(epochs := set(gathered(self.start_epoch))) > 1:
             raise UserError(
-                f"--resume: the machines would go on from different epochs ({', '.join(map(str, sorted(epochs)))}); "
-                f"OUTPUT_DIR '{self.cfg.OUTPUT_DIR}' must be a folder that all of them share."
+                f"--resume: the machines would resume from different epochs ({', '.join(map(str, sorted(epochs)))}); "
+                f"OUTPUT_DIR '{self.cfg.OUTPUT_DIR}' must be a folder that all machines share."
             )
 
     def train(self) -> Any:
@@ -237,7 +243,7 @@ class Trainer(DefaultTrainer):  # type: ignore[misc]  # fast-reid carries no typ
             logger.info(f"All {self.max_epoch} epochs of SOLVER.MAX_EPOCH are done: only the evaluation is left")
             return self.test(self.cfg, self.model)
         if world_size() > 1:
-            # When one process dies, torchrun tells the others to stop, before they have noticed it themselves.
+            # When one process dies, torchrun stops the others, often before they notice it.
             signal.signal(signal.SIGTERM, self._stop)
         loop_logger = logging.getLogger("fastreid.engine.train_loop")
         loop_logger.addFilter(_without_trace)
@@ -259,7 +265,7 @@ class Trainer(DefaultTrainer):  # type: ignore[misc]  # fast-reid carries no typ
             loop_logger.removeFilter(_without_trace)
 
     def _stop(self, *_: object) -> None:
-        self.told_to_stop = True  # seen at the next step: no checkpoint is left half written
+        self.told_to_stop = True  # read at the next step, so that no checkpoint is left incomplete
 
     def after_train(self) -> None:
         """Call the hooks at the end of a training; after an error only close the writers.
@@ -274,7 +280,7 @@ class Trainer(DefaultTrainer):  # type: ignore[misc]  # fast-reid carries no typ
                 hook.after_train()
 
     def run_step(self) -> None:
-        """Make one step of the host's, with the warm-up of blocks and gates."""
+        """Run one iteration of the host with the warm-up of blocks and gates."""
         if self.told_to_stop:
             raise gone(self._last_checkpoint())
         wrong, cause = "", None
@@ -283,7 +289,7 @@ class Trainer(DefaultTrainer):  # type: ignore[misc]  # fast-reid carries no typ
                 super().run_step()
         except (FloatingPointError, _GradientError) as error:
             wrong, cause = ", ".join(str(error).splitlines()[1:]) or str(error), error
-        with together():  # the first process alone looks at the loss
+        with together():  # only the first process checks the loss
             if wrong:
                 raise UserError(
                     f"Training stopped at epoch {self.epoch + 1}, iteration {self.iter + 1}: {wrong}; "
@@ -291,7 +297,7 @@ class Trainer(DefaultTrainer):  # type: ignore[misc]  # fast-reid carries no typ
                 ) from cause
 
     def _evaluate(self, evaluate: Callable[[], Any]) -> Any:
-        """Call the host's evaluation after an epoch; if it fails, save that epoch first."""
+        """Call the host's evaluation after an epoch; if it fails, save the weights of that epoch."""
         try:
             return evaluate()
         except Exception as error:
@@ -364,7 +370,7 @@ def _in_every_process(action: Callable[[], None] = lambda: None) -> None:
 
 
 def _in_several_processes(cfg: CfgNode, model: nn.Module, device_ids: list[int], **options: Any) -> nn.Module:
-    """What the host calls for torch's wrapper, which takes device_ids with a GPU only."""
+    """Wrap a model in torch's DistributedDataParallel, also on the CPU, where it accepts no device_ids."""
     if cfg.CSALR.SYNC_BATCH_NORM:
         synchronise(model)
     on_gpu = next(model.parameters()).is_cuda
@@ -372,18 +378,18 @@ def _in_several_processes(cfg: CfgNode, model: nn.Module, device_ids: list[int],
     frozen = cfg.MODEL.FREEZE_LAYERS and cfg.SOLVER.FREEZE_ITERS
     unused = bool(frozen) or isinstance(model, RefinedPCB) or "CrossEntropyLoss" not in cfg.MODEL.LOSSES.NAME
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")  # of the host's options
+        warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")  # an option of the host's call
         return DistributedDataParallel(
             model, device_ids=device_ids if on_gpu else None, find_unused_parameters=unused, **options
         )
 
 
 class _GradientError(ArithmeticError):
-    """A gradient is not finite; the weights are those from before the step."""
+    """A gradient is not finite. The weights are those before the step."""
 
 
 class _ClipGradients:
-    """Clips each block's gradient before the optimizer's step; mixed precision has unscaled it by then."""
+    """A hook that clips the gradient of each block before the optimizer's step, after mixed precision unscaled it."""
 
     def __init__(self, network: PCB, limit: float) -> None:
         self.network, self.limit = network, limit
@@ -395,7 +401,7 @@ class _ClipGradients:
 
 
 def _without_trace(record: logging.LogRecord) -> bool:
-    """Return whether a record goes into the log: not the stack trace of an error that is told in one line."""
+    """Return whether to log a record. A stack trace is left out if the error is reported in one line."""
     error = record.exc_info[1] if record.exc_info else None
     if error is None:
         return True
