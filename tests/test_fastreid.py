@@ -1,4 +1,4 @@
-"""fast-reid as a host: registered, configured, trained, evaluated, resumed, and at one with torchreid.
+"""fast-reid as a host: registry, configuration, training, evaluation, and agreement with torchreid.
 
 With FASTREID_REPO, the path of a checkout of JDAI-CV/fast-reid, the same tests run against it, and its own train
 script is run too.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +20,7 @@ import numpy as np
 import pytest
 import torch
 from fastreid_script import MISSING, SCRIPT, TINY, quiet_logs, settings  # noqa: F401  # a fixture
+from PIL import Image
 from torch import nn
 from torch.nn import functional as F
 
@@ -33,15 +35,19 @@ if MISSING:
     pytest.skip(f"fast-reid is not installed: there is no {MISSING[0]}", allow_module_level=True)
 
 import csalr_plugin.hosts.fastreid as plugin
+from csalr_plugin.hosts.config import flatten
 from csalr_plugin.hosts.fastreid import compat
 from csalr_plugin.hosts.fastreid.config import _check_shares, own_config, validate
+from csalr_plugin.hosts.fastreid.datasets import data_root
 from csalr_plugin.hosts.fastreid.hooks import TrainedLayers
 from csalr_plugin.hosts.fastreid.meta_architecture import register
+from csalr_plugin.hosts.fastreid.ranges import CHECKS, check_of
 
 # isort: split
 import fastreid
 from fastreid.config import get_cfg
 from fastreid.data import data_utils
+from fastreid.data.transforms import build_transforms
 from fastreid.engine import DefaultPredictor
 from fastreid.engine.train_loop import SimpleTrainer
 from fastreid.modeling import build_model as build_host_model
@@ -65,11 +71,11 @@ def script(tmp_path: Path) -> Path:
     return tmp_path / "train_net.py"
 
 
-def test_the_package_under_test_is_the_one_that_is_meant() -> None:
+def test_the_tested_package_is_that_of_fastreid_repo_if_it_is_set() -> None:
     assert not REPOSITORY or Path(REPOSITORY).resolve() in Path(str(fastreid.__file__)).resolve().parents
 
 
-def test_importing_the_plugin_registers_the_eight_architectures_and_may_be_done_again() -> None:
+def test_importing_the_plugin_registers_the_eight_architectures_once() -> None:
     register()
     assert set(MODEL_NAMES) <= set(META_ARCH_REGISTRY._obj_map)
     assert META_ARCH_REGISTRY.get("Baseline") is not None
@@ -81,20 +87,20 @@ def test_a_model_of_another_plugin_is_not_replaced(monkeypatch: pytest.MonkeyPat
         register()
 
 
-def test_the_names_that_fastreid_is_lent_at_import_are_taken_back() -> None:
+def test_the_names_restored_for_importing_fastreid_are_removed_again() -> None:
     import collections
 
     assert not hasattr(collections, "Mapping") and "torch._six" not in sys.modules
 
 
-def test_the_node_has_the_keys_and_defaults_of_the_one_table() -> None:
+def test_the_node_has_the_keys_and_defaults_of_the_shared_table() -> None:
     cfg = get_cfg()
     plugin.add_csalr_config(cfg)
     ours = {key: value for key, value in cfg.leaves().items() if key.startswith("CSALR.")}
     assert ours == {f"CSALR.{key.name.upper()}": key.default for key in keys.KEYS}
 
 
-def test_keys_are_taken_in_any_case_and_the_model_under_both_names() -> None:
+def test_keys_are_accepted_in_any_case_and_the_model_key_by_both_names() -> None:
     cfg = settings("model.name", "pcb_sa", "csalr.Groups", "4", "Solver.Steps", "[1, 2]")
     assert (cfg.MODEL.META_ARCHITECTURE, cfg.CSALR.GROUPS, cfg.SOLVER.STEPS) == ("pcb_sa", 4, [1, 2])
     assert cfg.clone().CSALR == cfg.CSALR
@@ -110,12 +116,51 @@ def test_keys_are_taken_in_any_case_and_the_model_under_both_names() -> None:
         (("SOLVER.MAX_EPOCH", "0"), "'SOLVER.MAX_EPOCH' is '0'; it must be an integer from 1 to 1000000"),
         (("SOLVER", "1"), "'SOLVER' is a group of keys"),
         (("MODEL.LOSSES.NAME", "('Tripletloss',)"), "Did you mean 'TripletLoss'"),
+        (("SOLVER.MOMENTUM", "1.5"), "it must be a number of at least 0 and less than 1"),
+        (("SOLVER.BASE_LR", "nan"), "it must be a number greater than 0"),
+        (("SOLVER.BASE_LR", "1_0.0"), "it must be a number greater than 0"),
+        (("SOLVER.MAX_EPOCH", "1" + 22 * "0"), "it must be an integer from 1 to 1000000"),
+        (("SOLVER.STEPS", "[]"), "it must be a comma-separated list of at least 1"),
+        (("SOLVER.IMS_PER_BATCH", "1"), "it must be an integer from 2 to 1000000"),
+        (("SOLVER.CLIP_GRADIENTS.CLIP_TYPE", "norms"), "it must be one of value, norm"),
+        (("MODEL.PIXEL_STD", "[0, 0, 0]"), "it must be a comma-separated list of 3, each a number greater than 0"),
+        (("MODEL.PIXEL_MEAN", "[1, 2]"), "it must be a comma-separated list of 3"),
+        (("MODEL.LOSSES.CE.EPSILON", "-0.5"), "a number from 0 to less than 1, or -1 for adaptive smoothing"),
+        (("MODEL.DEVICE", "gpu"), "it must be cpu, cuda, or cuda:N"),
+        (("MODEL.WEIGHTS", 300 * "w" + "\0"), "it must be a path"),
+        (("DATALOADER.SAMPLER_TRAIN", "SetReWeightSampler"), "it must be one of TrainingSampler, Naive"),
+        (("DATASETS.TESTS", "()"), "it must be a comma-separated list of at least 1"),
+        (("KD.MODEL_CONFIG", 3000 * "["), "[...["),
+        (("SOLVER.OPT", "SGD", "--resume"), "flag '--resume' stands after a config key"),
+        (("out/model.pth", "SOLVER.OPT", "SGD"), "--resume takes no file: it resumes from the last checkpoint"),
     ],
 )
-def test_a_setting_that_cannot_be_is_one_line(overrides: tuple[str, ...], told: str) -> None:
+def test_a_setting_that_is_not_allowed_is_refused_in_one_line(overrides: tuple[str, ...], told: str) -> None:
     with pytest.raises(UserError) as error:
-        settings(*overrides)
+        settings().merge_from_list(list(overrides))
     assert told in str(error.value) and "\n" not in str(error.value)
+
+
+def test_every_number_of_the_host_has_a_range_and_every_default_is_allowed() -> None:
+    defaults = dict(flatten(get_cfg()))
+    for key, value in defaults.items():
+        if type(value) in (int, float):
+            assert key in CHECKS, key
+        if (check := check_of(key, value)) is not None:
+            assert check(key, value) == (list(value) if isinstance(value, tuple) else value)
+    assert set(CHECKS) <= set(defaults)
+
+
+def test_a_tilde_in_a_path_is_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "base.yml").write_text("OUTPUT_DIR: ~/out\n")
+    (tmp_path / "given.yml").write_text("_BASE_: ~/base.yml\nMODEL: {WEIGHTS: ~/a.pth}\n")
+    cfg = settings("CSALR.PRETRAINED_WEIGHTS", "~/b.pth")
+    cfg.merge_from_file("~/given.yml")
+    paths = (cfg.OUTPUT_DIR, cfg.MODEL.WEIGHTS, cfg.CSALR.PRETRAINED_WEIGHTS)
+    assert paths == tuple(str(tmp_path / name) for name in ("out", "a.pth", "b.pth"))
+    monkeypatch.setenv("FASTREID_DATASETS", "~/data")
+    assert data_root() == str(tmp_path / "data")
 
 
 @pytest.mark.parametrize(
@@ -138,9 +183,22 @@ def test_a_setting_that_cannot_be_is_one_line(overrides: tuple[str, ...], told: 
             ("DATALOADER.SAMPLER_TRAIN", "NaiveIdentitySampler", "DATALOADER.NUM_INSTANCE", "1"),
             "has 8 identities, more than the 4",
         ),
+        (("SOLVER.OPT", "LBFGS"), "'SOLVER.OPT' is 'LBFGS'; it must be one of ASGD, "),
+        (("SOLVER.NESTEROV", "True", "SOLVER.MOMENTUM", "0"), "'SOLVER.MOMENTUM' is 0, and SOLVER.NESTEROV True needs"),
+        (("MODEL.HEADS.NUM_CLASSES", "2"), "it must be 0 or at least 4, the training identities"),
+        (("TEST.AQE.ENABLED", "True", "TEST.AQE.QE_K", "64"), "'TEST.AQE.QE_K' is 64; it must be less than 64"),
+        (("TEST.RERANK.ENABLED", "True", "TEST.RERANK.K1", "900"), "'TEST.RERANK.K1' is 900; it must be less than 64"),
+        (("TEST.PRECISE_BN.ENABLED", "True", "TEST.PRECISE_BN.DATASET", "Market"), "Did you mean 'Market1501'"),
+        (("MODEL.NAME", "Baseline", "MODEL.BACKBONE.NAME", "resnet"), "'MODEL.BACKBONE.NAME' is 'resnet'; it must be"),
+        (("MODEL.NAME", "Baseline", "MODEL.BACKBONE.DEPTH", "51x"), "fast-reid cannot build Baseline: '51x'"),
+        (
+            ("MODEL.NAME", "Baseline", "MODEL.BACKBONE.PRETRAIN", "True", "MODEL.BACKBONE.PRETRAIN_PATH", "none.pth"),
+            "pretrained weights for Baseline cannot be read",
+        ),
+        (("MODEL.FREEZE_LAYERS", "['b1']", "SOLVER.FREEZE_ITERS", "3"), "has 'b1', which is no layer of this network"),
     ],
 )
-def test_a_run_that_cannot_be_is_refused_in_one_line_before_it_trains(
+def test_a_training_that_cannot_work_is_refused_in_one_line_before_it_starts(
     overrides: tuple[str, ...], told: str, root: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(UserError) as error:
@@ -148,7 +206,7 @@ def test_a_run_that_cannot_be_is_refused_in_one_line_before_it_trains(
     assert told in str(error.value) and "\n" not in str(error.value)
 
 
-def test_a_dataset_that_is_not_there_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_missing_dataset_is_reported_in_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("FASTREID_DATASETS", str(tmp_path / "nowhere"))
     with pytest.raises(UserError, match=r"dataset root '.*nowhere' is not a folder"):
         plugin.Trainer(settings())
@@ -178,11 +236,13 @@ def test_an_image_that_does_not_decode_is_named_before_training(
         (None, "does not exist"),
         ("MODEL: [", "cannot be read as YAML"),
         ("- 1", "must hold a mapping"),
+        ("_BASE_: given.yml", "is its own _BASE_"),
+        ("SOLVER: {MAX_EPOCH: 1, MAX_EPOCH: 2}", "key 'MAX_EPOCH' is given twice"),
         ("_BASE_: nowhere.yml", "its _BASE_ 'nowhere.yml' does not exist"),
         ("CSALR: !!python/object/apply:os.system ['touch ran']", "cannot be read as YAML"),
     ],
 )
-def test_a_config_file_that_cannot_be_used_is_one_line_and_runs_no_code(
+def test_an_unusable_config_file_is_reported_in_one_line_and_runs_no_code(
     content: str | None, told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -197,7 +257,7 @@ def test_a_config_file_that_cannot_be_used_is_one_line_and_runs_no_code(
 
 
 @pytest.mark.parametrize(("file", "name"), [("pcb_384x128_sgd.yml", "pcb"), ("pcb_rpp_384x128_sgd.yml", "pcb_rpp")])
-def test_the_papers_settings_are_those_of_section_4_2(file: str, name: str) -> None:
+def test_the_configs_have_the_settings_of_section_4_2(file: str, name: str) -> None:
     cfg = get_cfg()
     plugin.add_csalr_config(cfg)
     cfg.merge_from_file(own_config(file))
@@ -233,7 +293,7 @@ def test_the_same_weights_give_the_same_embeddings_in_both_hosts(name: str) -> N
     assert torch.equal(images, pixels.float())  # flip test gives the same tensor again
 
 
-def test_the_losses_are_the_terms_of_equation_18_and_add_up_to_it() -> None:
+def test_the_losses_are_the_terms_of_equation_18() -> None:
     cfg = settings("CSALR.SUPERVISION_WEIGHT", "0.5", "MODEL.HEADS.NUM_CLASSES", 5, "CSALR.STAGES", "2,3")
     ours = build_host_model(cfg)
     alone = build_model("pcb_csalr", 5, pretrained=False, landmarks=(2, 2), stages=(2, 3))
@@ -250,7 +310,7 @@ def test_the_losses_are_the_terms_of_equation_18_and_add_up_to_it() -> None:
     torch.testing.assert_close(sum(terms.values()), sum(each[:6]) + 0.5 * sum(each[6:]))
 
 
-def test_the_hosts_other_losses_are_of_the_embedding() -> None:
+def test_the_other_losses_of_the_host_are_computed_from_the_embedding() -> None:
     names = "('CrossEntropyLoss', 'TripletLoss', 'CircleLoss', 'Cosface')"
     model = build_host_model(settings("MODEL.LOSSES.NAME", names, "MODEL.HEADS.NUM_CLASSES", 3, "MODEL.NAME", "pcb"))
     with EventStorage():
@@ -259,9 +319,9 @@ def test_the_hosts_other_losses_are_of_the_embedding() -> None:
     assert all(torch.isfinite(term) for term in terms.values())
 
 
-def test_the_hosts_optimizer_steps_the_weights_themselves() -> None:
+def test_the_optimizer_of_the_host_changes_the_weights() -> None:
     cfg = settings("SOLVER.BASE_LR", "0.1")
-    for options, moves in (({}, True), ({"contiguous": True}, False)):  # False: why the mend is there
+    for options, moves in (({}, True), ({"contiguous": True}, False)):  # False: without the patch
         layer = nn.Linear(3, 1)
         before = layer.weight.detach().clone()
         optimizer, _ = build_optimizer(cfg, layer, **options)
@@ -271,7 +331,7 @@ def test_the_hosts_optimizer_steps_the_weights_themselves() -> None:
         assert (not torch.equal(layer.weight, before)) == moves
 
 
-def test_backbone_new_layers_blocks_and_gates_have_rates_of_their_own() -> None:
+def test_backbone_new_layers_blocks_and_gates_have_their_own_learning_rates() -> None:
     cfg = settings("SOLVER.BASE_LR", "0.01", "CSALR.ATTENTION_LR", "0.5", "MODEL.HEADS.NUM_CLASSES", 3)
     model = build_host_model(cfg)
     optimizer, _ = plugin.Trainer.build_optimizer(cfg, model)
@@ -287,7 +347,7 @@ def test_backbone_new_layers_blocks_and_gates_have_rates_of_their_own() -> None:
         assert (group["lr"], group["weight_decay"]) == (pytest.approx(rate), decay)
 
 
-def test_refined_parts_pass_through_their_phases() -> None:
+def test_refined_part_pooling_passes_through_its_phases() -> None:
     cfg = settings("MODEL.NAME", "pcb_rpp_csalr", "CSALR.RPP.PCB_EPOCHS", 2, "CSALR.RPP.PART_CLASSIFIER_EPOCHS", 1)
     model = build_host_model(cfg).train()
     hook = TrainedLayers(model, cfg)
@@ -300,7 +360,7 @@ def test_refined_parts_pass_through_their_phases() -> None:
     assert seen == [(False, True, True), (False, True, True), (True, False, False), (True, True, True)]
 
 
-def test_an_error_of_the_loading_thread_reaches_the_training(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_in_the_loading_thread_is_raised_in_the_training(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "set_device", lambda rank: None)  # there is none here
 
     def batches() -> Iterator[int]:
@@ -313,7 +373,7 @@ def test_an_error_of_the_loading_thread_reaches_the_training(monkeypatch: pytest
         next(loader)
 
 
-def test_a_checkpoint_is_read_as_data_and_never_in_part(tmp_path: Path) -> None:
+def test_a_checkpoint_runs_no_code_and_is_never_loaded_in_part(tmp_path: Path) -> None:
     class Runs:
         def __reduce__(self) -> Any:
             return os.system, (f"touch {tmp_path / 'ran'}",)
@@ -356,6 +416,12 @@ def test_the_hosts_own_script_trains_resumes_and_evaluates_and_torchreid_agrees(
     assert run("OUTPUT_DIR", str(out)) == 0
     trained = torch.load(out / "model_final.pth", weights_only=True)
     assert trained["epoch"] == 0 and np.isfinite(results(out)["mAP"])
+    # The forms that other programs read: the table of results in the log, and a JSON object per line.
+    scores = "".join(rf"\| +{results(out)[name]:.2f} +" for name in ("Rank-1", "Rank-5", "Rank-10", "mAP"))
+    assert re.search(rf"\| Market1501 +{scores}", (out / "log.txt").read_text())
+    metrics = [json.loads(line) for line in (out / "metrics.json").read_text().splitlines()]
+    assert metrics[-1]["mAP"] == pytest.approx(results(out)["mAP"])
+    assert {"total_loss", "loss_F", "lr", "iteration"} <= set(metrics[-1])
     assert run("OUTPUT_DIR", str(out)) == 2
     assert "holds an earlier training's checkpoints" in capsys.readouterr().err
 
@@ -405,7 +471,64 @@ def test_the_hosts_own_script_trains_resumes_and_evaluates_and_torchreid_agrees(
     assert 100 * theirs["rank-1"] == pytest.approx(again["Rank-1"], abs=0.1)
 
 
-def test_a_loss_that_is_not_finite_ends_in_one_line_with_the_weights_from_before(
+@pytest.mark.parametrize("name", ["pcb", "pcb_sa", "pcb_csa", "pcb_rpp_csalr"])
+def test_the_predictor_takes_half_precision_and_an_empty_batch(name: str, tmp_path: Path) -> None:
+    weights = build_model(name, 3, pretrained=False, landmarks=(2, 2), stages=(3,))
+    for block in weights.attention.values():
+        nn.init.constant_(block.alpha, 0.3)
+    torch.save({"model": weights.state_dict()}, tmp_path / "model.pth")
+    given = ("MODEL.NAME", name, "MODEL.HEADS.NUM_CLASSES", 3, "MODEL.WEIGHTS", str(tmp_path / "model.pth"))
+    predictor = DefaultPredictor(settings(*given))
+    images = torch.rand(2, 3, 64, 32) * 255
+    expected = predictor(images)
+    assert predictor(images[:0]).shape == (0, 6 * 2048)
+    for dtype in (torch.float16, torch.bfloat16):
+        predictor.model.load_state_dict(weights.state_dict())
+        predictor.model.to(dtype)
+        embeddings = predictor(images)
+        assert embeddings.dtype == torch.float32
+        assert F.cosine_similarity(embeddings, expected).min() > 0.999
+        predictor.model.float()
+
+
+def test_a_model_of_fastreid_is_not_evaluated_with_the_weights_of_another_network(tmp_path: Path) -> None:
+    torch.save({"model": {"conv1.weight": torch.zeros(64, 3, 7, 7)}}, tmp_path / "other.pth")
+    cfg = settings("MODEL.NAME", "Baseline", "MODEL.HEADS.NUM_CLASSES", 3, "MODEL.WEIGHTS", str(tmp_path / "other.pth"))
+    with pytest.raises(UserError, match=r"is of another architecture: it lacks \d+ of the model's \d+ tensors"):
+        DefaultPredictor(cfg)
+
+
+def test_random_affine_works_with_the_current_torchvision() -> None:
+    augmentation = build_transforms(settings("INPUT.AFFINE.ENABLED", "True"))
+    images = {augmentation(Image.effect_noise((32, 64), 64).convert("RGB")) for _ in range(2)}
+    assert {image.shape for image in images} == {(3, 64, 32)}
+    assert any("RandomAffine" in repr(one) for one in augmentation.transforms)
+
+
+def test_a_log_that_cannot_be_written_is_one_warning_and_a_closed_standard_output_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    logger = sys.modules["fastreid.utils.logger"].setup_logger(str(tmp_path))
+    file = logger.handlers[-1]
+
+    def fail(error: OSError) -> Any:
+        def write(_: str) -> None:
+            raise error
+
+        return write
+
+    monkeypatch.setattr(file, "stream", SimpleNamespace(write=fail(OSError(28, "No space left on device"))))
+    for _ in range(3):
+        logger.info("line")
+    error = capsys.readouterr().err
+    assert error.count("The log cannot be written ([Errno 28] No space left on device)") == 1
+    assert "Traceback" not in error
+    monkeypatch.setattr(file, "stream", SimpleNamespace(write=fail(BrokenPipeError())))
+    with pytest.raises(BrokenPipeError):
+        logger.info("line")
+
+
+def test_a_loss_that_is_not_finite_ends_the_training_in_one_line_and_changes_no_weight(
     root: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     trainer = plugin.Trainer(settings("OUTPUT_DIR", str(tmp_path), "CSALR.WARMUP", "10"))
@@ -455,7 +578,7 @@ def test_reranking_works_without_a_gpu() -> None:
         (("DATALOADER.SAMPLER_TRAIN", "BalancedIdentitySampler", "DATALOADER.NUM_INSTANCE", "8"), 2, "divisor of 4"),
     ],
 )
-def test_a_batch_that_the_processes_cannot_share_is_one_line(
+def test_a_batch_that_the_processes_cannot_share_is_refused_in_one_line(
     overrides: tuple[str, ...], processes: int, told: str
 ) -> None:
     given = settings(*overrides)
@@ -478,17 +601,19 @@ def test_a_batch_that_the_processes_cannot_share_is_one_line(
         (-1, {}, "--num-gpus -1: this machine has"),
     ],
 )
-def test_processes_that_cannot_be_started_are_one_line(gpus: int, options: dict[str, Any], told: str) -> None:
+def test_processes_that_cannot_be_started_are_refused_in_one_line(
+    gpus: int, options: dict[str, Any], told: str
+) -> None:
     with pytest.raises(UserError, match=told):
         fastreid.engine.launch(lambda *_: None, gpus, **options)
 
 
-def test_fastreids_own_models_are_told_to_use_its_own_common_batch_norm(root: Path) -> None:
+def test_synchronised_batch_norm_of_the_plugin_is_refused_for_models_of_fastreid(root: Path) -> None:
     with pytest.raises(UserError, match=r"MODEL\.BACKBONE\.NORM and MODEL\.HEADS\.NORM to syncBN"):
         validate(settings("MODEL.NAME", "Baseline", "CSALR.SYNC_BATCH_NORM", "True"))
 
 
-def test_a_training_of_one_iteration_may_be_printed_twice() -> None:
+def test_the_metrics_of_one_iteration_can_be_printed_twice() -> None:
     printer = CommonMetricPrinter(max_iter=2)
     with EventStorage() as storage:
         storage.epoch = 0
@@ -496,7 +621,7 @@ def test_a_training_of_one_iteration_may_be_printed_twice() -> None:
         printer.write()
 
 
-def test_mending_twice_changes_nothing_more() -> None:
+def test_applying_the_patches_again_has_no_effect() -> None:
     before = (Checkpointer.load, data_utils.read_image, SimpleTrainer.run_step)
     compat.apply()
     assert before == (Checkpointer.load, data_utils.read_image, SimpleTrainer.run_step)

@@ -1,6 +1,6 @@
-"""fast-reid in several processes: as one process trains, told once, ended when one dies, resumed with another number.
+"""fast-reid in several processes: the same result as one process, errors reported once, resuming with another number.
 
-Each run is a command of its own. With FASTREID_REPO, the path of a checkout of JDAI-CV/fast-reid, that one trains.
+Each run is a separate command. With FASTREID_REPO, the path of a checkout of JDAI-CV/fast-reid, the runs use that one.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ Run = Callable[..., "subprocess.CompletedProcess[str]"]
 def start(
     tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Callable[..., subprocess.Popen[str]]]:
-    """Starts a command of Python's in an empty folder, and ends what is left of it."""
+    """Starts Python with arguments in an empty folder, and ends the processes that are left after the test."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("FASTREID_DATASETS", str(tiny_data / "market1501"))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
@@ -92,7 +92,7 @@ def start(
 
 @pytest.fixture
 def run(start: Callable[..., subprocess.Popen[str]]) -> Run:
-    """Runs a command of Python's to its end."""
+    """Runs Python with arguments to its end."""
 
     def run(*words: Any) -> subprocess.CompletedProcess[str]:
         process = start(*words)
@@ -111,7 +111,7 @@ def last_epoch() -> int:
     return int(torch.load("out/model_final.pth", weights_only=True)["epoch"])
 
 
-def test_two_processes_train_refined_parts_and_evaluate_as_one_does(run: Run) -> None:
+def test_two_processes_train_refined_part_pooling_and_evaluate_as_one_process_does(run: Run) -> None:
     phases = ("CSALR.RPP.PCB_EPOCHS", "1", "CSALR.RPP.PART_CLASSIFIER_EPOCHS", "1", "SOLVER.MAX_EPOCH", "3")
     sampled = ("DATALOADER.SAMPLER_TRAIN", "NaiveIdentitySampler", "DATALOADER.NUM_INSTANCE", "4")
     ended = run(PROJECT / "train_net.py", *TWO, *RPP_CONFIG, *TINY, *phases, *sampled)
@@ -127,7 +127,7 @@ def test_two_processes_train_refined_parts_and_evaluate_as_one_does(run: Run) ->
     assert json.loads(Path("out/results.json").read_text()) == pytest.approx(of_two, abs=1e-3)
 
 
-def test_the_hosts_own_script_goes_on_with_another_number_of_processes_and_machines(
+def test_the_hosts_own_script_resumes_with_another_rate_batch_and_number_of_processes_and_machines(
     run: Run, start: Callable[..., subprocess.Popen[str]]
 ) -> None:
     ended = run(*own_script(), *TWO, *CONFIG, *TINY)
@@ -152,18 +152,18 @@ def test_the_hosts_own_script_goes_on_with_another_number_of_processes_and_machi
     assert "Starting training from epoch 2" in said[0][0] and "Starting training" not in said[1][0]
 
 
-def test_two_processes_with_common_batch_norm_learn_what_one_learns_from_the_same_images(run: Run) -> None:
+def test_two_processes_with_synchronised_batch_norm_learn_the_same_as_one_from_the_same_images(run: Run) -> None:
     torch.manual_seed(0)
     model = build_model("pcb_csalr", 4, pretrained=False, landmarks=(2, 2), stages=(1, 2, 3))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if name.endswith(("bn3.weight", "alpha")):  # which start at zero, and leave most of the network out
+            if name.endswith(("bn3.weight", "alpha")):  # their initial value 0 switches off most of the network
                 parameter.fill_(0.3)
     before = model.state_dict()
     torch.save({"model": before}, "start.pth")
     torch.save([(torch.rand(8, 3, 64, 32) * 255, torch.arange(8) % 4) for _ in range(3)], "batches.pt")
     more = ("MODEL.WEIGHTS", "start.pth", "CSALR.STAGES", "1,2,3", "SOLVER.IMS_PER_BATCH", "8", "CSALR.WARMUP", "0")
-    # A low rate: with it rounding stays rounding, which a deep network on few images else amplifies at each step.
+    # At a higher rate a deep network on few images would amplify rounding errors at each step.
     more += ("SOLVER.BASE_LR", "0.0001", "CSALR.SYNC_BATCH_NORM", "True", "CSALR.OVERWRITE", "True")
     Path("out").mkdir()
     for flags in (TWO, ()):
@@ -174,14 +174,15 @@ def test_two_processes_with_common_batch_norm_learn_what_one_learns_from_the_sam
     apart = {name: float((one[name] - two[name]).double().norm()) for name in before}
     for name, _ in model.named_parameters():
         assert learnt[name] > 0 or name.endswith("key.bias")  # a softmax does not see it
-    # Every tensor: a few hundredths of what it learnt, beside fp32's rounding of its values; without common batch norm
-    # most are as far apart as they have moved. Biases of batch norms, sums that nearly cancel, come to 2 hundredths.
+    # The difference of a tensor is at most 4 % of its change, plus fp32's rounding of its values. It reaches 2 % for
+    # the biases of batch norms, whose gradients nearly cancel. Without synchronised batch norm it is as large as the
+    # change.
     assert all(apart[name] <= 0.04 * learnt[name] + 5e-6 * float(one[name].double().norm()) for name in before)
     weights = [name for name, _ in model.named_parameters()]
     assert sum(apart[name] ** 2 for name in weights) <= 0.01**2 * sum(learnt[name] ** 2 for name in weights)
 
 
-def test_the_death_of_a_process_ends_the_training_and_names_the_checkpoint_to_go_on_from(
+def test_the_death_of_a_process_ends_the_training_and_names_the_last_checkpoint(
     start: Callable[..., subprocess.Popen[str]],
 ) -> None:
     long = ("SOLVER.MAX_EPOCH", "1000", "TEST.EVAL_PERIOD", "1000")
@@ -201,7 +202,7 @@ def test_the_death_of_a_process_ends_the_training_and_names_the_checkpoint_to_go
     assert "the last checkpoint is out/model_" in told[0] and "--resume" in told[0]
 
 
-def test_what_every_process_finds_wrong_and_what_the_first_alone_does_is_told_once(
+def test_an_error_of_every_process_or_of_the_first_alone_is_reported_once(
     run: Run, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def told(*words: Any) -> str:

@@ -86,7 +86,7 @@ def logged(folder: Path) -> str:
     return (folder / "log.txt").read_text()
 
 
-def test_a_setting_given_at_resume_counts_and_any_other_comes_from_the_checkpoint(
+def test_a_setting_given_at_resume_counts_and_every_other_is_taken_from_the_checkpoint(
     trained: Path, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Trainer, "test", lambda *_: {"metric": 50.0})
@@ -132,7 +132,7 @@ def test_a_resumed_training_keeps_the_best_checkpoint(trained: Path, root: Path,
         (("MODEL.NAME", "pcb_sa"), "was trained with attention csalr, and this network has attention sa"),
     ],
 )
-def test_resuming_with_another_optimizer_or_network_is_one_line(
+def test_resuming_with_another_optimizer_or_network_is_refused_in_one_line(
     overrides: tuple[str, ...], told: str, trained: Path, root: Path
 ) -> None:
     with pytest.raises(UserError, match=told) as error:
@@ -170,7 +170,7 @@ def test_a_checkpoint_with_a_damaged_entry_is_refused_by_its_name_before_trainin
 
 
 @pytest.mark.parametrize("sched", ["MultiStepLR", "CosineAnnealingLR"])
-def test_the_replayed_learning_rate_is_that_of_an_uninterrupted_training_to_the_last_bit(sched: str) -> None:
+def test_the_learning_rate_after_resuming_equals_that_of_an_uninterrupted_training_bit_by_bit(sched: str) -> None:
     cfg = settings("SOLVER.SCHED", sched, "SOLVER.STEPS", "2,3", "SOLVER.WARMUP_ITERS", "5", "SOLVER.MAX_EPOCH", "6")
     cfg.merge_from_list(["SOLVER.DELAY_EPOCHS", "2", "SOLVER.GAMMA", "0.3"])
 
@@ -197,7 +197,7 @@ def test_the_replayed_learning_rate_is_that_of_an_uninterrupted_training_to_the_
         hook.after_epoch()
 
 
-def test_a_last_checkpoint_that_is_gone_is_one_line_with_those_that_are_there(trained: Path, tmp_path: Path) -> None:
+def test_a_missing_last_checkpoint_is_reported_in_one_line_that_lists_the_others(trained: Path, tmp_path: Path) -> None:
     out = copy(trained, tmp_path / "out")
     (out / "last_checkpoint").unlink()
     (out / "last_checkpoint").write_text("model_0007.pth")
@@ -205,14 +205,12 @@ def test_a_last_checkpoint_that_is_gone_is_one_line_with_those_that_are_there(tr
         ready("OUTPUT_DIR", out, resume=True)
 
 
-def test_resuming_in_a_folder_without_a_checkpoint_says_that_the_training_starts_anew(
-    root: Path, tmp_path: Path
-) -> None:
+def test_resuming_without_a_checkpoint_logs_that_the_training_starts_anew(root: Path, tmp_path: Path) -> None:
     assert ready("OUTPUT_DIR", tmp_path / "out", resume=True).start_epoch == 0
     assert "holds no checkpoint; the training starts at epoch 0" in logged(tmp_path / "out")
 
 
-def test_frozen_layers_do_not_train_and_the_others_do(
+def test_frozen_layers_do_not_change_until_they_are_opened(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Trainer, "test", lambda *_: {"metric": 50.0})
@@ -244,21 +242,21 @@ def test_frozen_layers_do_not_train_and_the_others_do(
         ("['backbone', 'heads', 'attention', 'supervision']", "names every layer"),
     ],
 )
-def test_a_name_of_a_layer_to_freeze_that_cannot_be_is_one_line(names: str, told: str) -> None:
+def test_a_wrong_name_of_a_layer_to_freeze_is_refused_in_one_line(names: str, told: str) -> None:
     cfg = settings("MODEL.FREEZE_LAYERS", names, "SOLVER.FREEZE_ITERS", "3", "MODEL.HEADS.NUM_CLASSES", 3)
     with pytest.raises(UserError, match=told) as error:
         TrainedLayers(build_model(cfg), cfg)
     assert "\n" not in str(error.value)
 
 
-def test_frozen_layers_that_nothing_freezes_are_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+def test_layers_to_freeze_for_no_iteration_are_a_warning(caplog: pytest.LogCaptureFixture) -> None:
     cfg = settings("MODEL.FREEZE_LAYERS", "['backbone']", "MODEL.HEADS.NUM_CLASSES", 3)
     logging.getLogger("fastreid").propagate = True
     TrainedLayers(build_model(cfg), cfg)
     assert "freezes nothing: SOLVER.FREEZE_ITERS is 0" in caplog.text
 
 
-def test_writers_and_evaluation_that_fail_cost_no_checkpoint(
+def test_failing_writers_and_a_failing_evaluation_cost_no_checkpoint(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(_: Any) -> None:
@@ -280,7 +278,7 @@ def test_writers_and_evaluation_that_fail_cost_no_checkpoint(
     assert "Traceback" not in text
 
 
-def test_a_killed_worker_of_a_loader_ends_the_training_with_one_line(
+def test_a_killed_worker_of_a_data_loader_ends_the_training_in_one_line(
     trained: Path, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def killed(_: Any) -> None:
@@ -296,7 +294,7 @@ def test_a_killed_worker_of_a_loader_ends_the_training_with_one_line(
     assert "\n" not in told and "Traceback" not in logged(out)
 
 
-def test_a_closed_console_still_ends_a_writer() -> None:
+def test_a_closed_standard_output_is_not_hidden_by_a_writer() -> None:
     class Closed(EventWriter):  # type: ignore[misc]
         def write(self) -> None:
             raise BrokenPipeError
@@ -305,7 +303,7 @@ def test_a_closed_console_still_ends_a_writer() -> None:
         SafeWriter(Closed()).write()
 
 
-def test_a_full_disk_leaves_the_last_checkpoint_and_nothing_unfinished(
+def test_a_full_disk_leaves_the_last_checkpoint_and_no_unfinished_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     checkpointer = Checkpointer(nn.Linear(2, 1), str(tmp_path))
@@ -327,7 +325,7 @@ def test_a_full_disk_leaves_the_last_checkpoint_and_nothing_unfinished(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["last_checkpoint", "model_0000.pth"]
 
 
-def test_a_kill_while_a_checkpoint_is_written_leaves_the_one_before(tmp_path: Path) -> None:
+def test_a_kill_during_a_save_leaves_the_previous_checkpoint(tmp_path: Path) -> None:
     checkpointer = Checkpointer(nn.Linear(2, 1), str(tmp_path))
     checkpointer.save("model_final", epoch=0)
     before = (tmp_path / "model_final.pth").read_bytes()
@@ -345,6 +343,6 @@ def test_a_kill_while_a_checkpoint_is_written_leaves_the_one_before(tmp_path: Pa
     assert checkpointer.get_checkpoint_file() == str(tmp_path / "model_final.pth")
 
 
-def test_an_evaluation_without_weights_is_one_line() -> None:
+def test_an_evaluation_without_weights_is_refused_in_one_line() -> None:
     with pytest.raises(UserError, match=r"'MODEL.WEIGHTS' is empty"):
         DefaultPredictor(settings("MODEL.HEADS.NUM_CLASSES", 3))
