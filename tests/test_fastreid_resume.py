@@ -21,7 +21,7 @@ if MISSING:
     pytest.skip(f"fast-reid is not installed: there is no {MISSING[0]}", allow_module_level=True)
 
 from csalr_plugin.hosts.fastreid import Trainer
-from csalr_plugin.hosts.fastreid.hooks import SafeWriter, TrainedLayers
+from csalr_plugin.hosts.fastreid.hooks import MetricsWriter, SafeWriter, TrainedLayers
 from csalr_plugin.hosts.fastreid.resume import (
     default_setup,
     load_training,
@@ -267,8 +267,10 @@ def test_failing_writers_and_a_failing_evaluation_cost_no_checkpoint(
 
     monkeypatch.setattr(JSONWriter, "write", full)
     monkeypatch.setattr(Trainer, "test", no_match)
+    trainer = ready("OUTPUT_DIR", tmp_path / "out")
+    next(hook for hook in trainer._hooks if isinstance(hook, MetricsWriter))._period = 1
     with pytest.raises(UserError) as error:
-        train("OUTPUT_DIR", tmp_path / "out")
+        trainer.train()
     told = str(error.value)
     assert told.startswith("The evaluation after epoch 1 failed, and the last checkpoint is ") and "\n" not in told
     assert told.endswith("no query has a match in the gallery.") and "--resume" in told

@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Sequence
 
 from fastreid.config import CfgNode
+from fastreid.engine import hooks
 from fastreid.engine.train_loop import HookBase
 from fastreid.utils.events import EventWriter
 from torch import nn
@@ -122,6 +123,29 @@ def frozen_layers(network: nn.Module, names: Sequence[str]) -> list[re.Pattern[s
     if patterns and all(any(pattern.match(name) for pattern in patterns) for name in parameters):
         raise UserError("config key 'MODEL.FREEZE_LAYERS' names every layer, so nothing would train; leave some out.")
     return patterns
+
+
+class MetricsWriter(hooks.PeriodicWriter):  # type: ignore[misc]
+    """fast-reid's `PeriodicWriter`, which also writes the results of the last evaluation of a training.
+
+    fast-reid writes the metrics of the last iteration before that evaluation, and afterwards regards the iteration as
+    written.
+    """
+
+    def after_step(self) -> None:
+        """Write the metrics every `period` iterations, except at the end of an epoch: `after_epoch` writes them."""
+        if (self.trainer.iter + 1) % self.trainer.iters_per_epoch:
+            super().after_step()
+
+    def after_train(self) -> None:
+        """Write the results of an evaluation after the training, and close the writers."""
+        for writer in self._writers:
+            writer.write()
+        self.close()
+
+    def close(self) -> None:
+        """Close the writers."""
+        super().after_train()
 
 
 class SafeWriter(EventWriter):  # type: ignore[misc]

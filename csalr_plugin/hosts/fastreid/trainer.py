@@ -30,7 +30,7 @@ from csalr_plugin.files import remove_unfinished, write_json
 from csalr_plugin.hosts.distributed import gathered, is_lost, is_main, one_first, share_buffers, together
 from csalr_plugin.hosts.fastreid.config import validate
 from csalr_plugin.hosts.fastreid.datasets import check_data, check_target, data_root
-from csalr_plugin.hosts.fastreid.hooks import SafeWriter, TrainedLayers
+from csalr_plugin.hosts.fastreid.hooks import MetricsWriter, SafeWriter, TrainedLayers
 from csalr_plugin.hosts.fastreid.launch import gone
 from csalr_plugin.hosts.fastreid.ranges import IDENTITY_SAMPLERS
 from csalr_plugin.hosts.fastreid.resume import (
@@ -190,8 +190,13 @@ class Trainer(DefaultTrainer):  # type: ignore[misc]  # fast-reid carries no typ
         network = unwrapped(self.model)
         if self.cfg.MODEL.FREEZE_LAYERS or isinstance(network, RefinedPCB):
             own.append(TrainedLayers(network, self.cfg))
-        theirs = [hook for hook in super().build_hooks() if not isinstance(hook, hooks.LayerFreeze)]
-        for hook in theirs:
+        theirs = []
+        for hook in super().build_hooks():
+            if isinstance(hook, hooks.LayerFreeze):  # `TrainedLayers` takes its place
+                continue
+            if isinstance(hook, hooks.PeriodicWriter):
+                hook = MetricsWriter(hook._writers, hook._period)
+            theirs.append(hook)
             if isinstance(hook, hooks.EvalHook):
                 hook._func = partial(self._evaluate, hook._func)
             if isinstance(hook, hooks.PeriodicCheckpointer):
@@ -276,8 +281,8 @@ class Trainer(DefaultTrainer):  # type: ignore[misc]  # fast-reid carries no typ
             super().after_train()
             return
         for hook in self._hooks:
-            if isinstance(hook, hooks.PeriodicWriter):
-                hook.after_train()
+            if isinstance(hook, MetricsWriter):
+                hook.close()
 
     def run_step(self) -> None:
         """Run one iteration of the host with the warm-up of blocks and gates."""
