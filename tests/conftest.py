@@ -6,6 +6,7 @@ With TORCHREID_REPO or FASTREID_REPO, the paths of checkouts of the hosts' repos
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +15,8 @@ import pytest
 import torch
 
 torch.set_num_threads(1)
+# A shell ignores SIGINT in background jobs, and processes that the tests start would inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 for repository in filter(None, map(os.environ.get, ("TORCHREID_REPO", "FASTREID_REPO"))):
     sys.path.insert(0, repository)
