@@ -66,10 +66,6 @@ class LandmarkGrid:
         across = _averages(self.column_of, self.columns, features.dtype)  # W', W
         return (down @ image @ across.mT).flatten(-2)  # ..., m
 
-    def spread(self, Z: Tensor) -> Tensor:
-        """``P Z`` of Eq. 15: each landmark's row to the positions of its patch, (..., m, c) -> (..., n, c)."""
-        return Z.index_select(-2, self.landmark_of)
-
     def membership(self, dtype: torch.dtype) -> Tensor:
         """P of Eq. 15: (n, m), 1 where the position lies in the landmark's patch and 0 elsewhere."""
         return (self.landmark_of[:, None] == torch.arange(self.m, device=self.device)).to(dtype)
