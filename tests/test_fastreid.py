@@ -81,10 +81,21 @@ def test_importing_the_plugin_registers_the_eight_architectures_once() -> None:
     assert META_ARCH_REGISTRY.get("Baseline") is not None
 
 
-def test_a_model_of_another_plugin_is_not_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(META_ARCH_REGISTRY._obj_map, "pcb", nn.Linear)
-    with pytest.raises(UserError, match="already has a model named 'pcb'"):
+def test_fastreid_keeps_its_own_model_and_the_plugins_is_built_under_another_name(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    registry = META_ARCH_REGISTRY._obj_map
+    monkeypatch.setitem(registry, "pcb", nn.Linear)
+    with pytest.warns(UserWarning, match="fast-reid already has models named pcb and keeps them"):
         register()
+    try:
+        assert registry["pcb"] is nn.Linear
+        cfg = settings("MODEL.META_ARCHITECTURE", "plugin_pcb", "MODEL.DEVICE", "cpu", "INPUT.SIZE_TEST", "[32]")
+        with pytest.raises(UserError, match="SIZE_TEST"):  # checked as a model of the plugin
+            validate(cfg)
+        assert type(registry["plugin_pcb"](cfg)).__name__ == "FastReIDPCB"
+    finally:
+        del registry["plugin_pcb"]
 
 
 def test_the_names_restored_for_importing_fastreid_are_removed_again() -> None:

@@ -6,7 +6,9 @@ import importlib
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torchreid
@@ -14,7 +16,7 @@ import torchreid
 import csalr_plugin
 import csalr_plugin.hosts
 from csalr_plugin.errors import UserError
-from csalr_plugin.hosts import register_hosts
+from csalr_plugin.hosts import add_models, plugin_model, register_hosts
 from csalr_plugin.hosts.torchreid import dataset_names, model_registry, register
 from csalr_plugin.hosts.torchreid.config import default_config, set_active_config
 from csalr_plugin.models import MODEL_NAMES
@@ -51,14 +53,42 @@ def test_the_hosts_build_model_builds_with_the_active_settings() -> None:
     assert [model.attention[name].groups for name in model.attention] == [4]
 
 
-def test_a_model_of_another_plugin_is_not_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
-    register()
+def test_a_host_keeps_its_own_model_and_the_plugins_is_built_under_another_name(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    registry = vars(torchreid.models)["__model_factory"]
+    before = dict(registry)
+    for name in MODEL_NAMES:
+        monkeypatch.delitem(registry, name, raising=False)
     theirs = object()
-    monkeypatch.setitem(model_registry(), "pcb_sa", theirs)
-    with pytest.raises(UserError, match="'pcb_sa'") as error:
-        register()
-    assert "\n" not in str(error.value)
-    assert vars(torchreid.models)["__model_factory"]["pcb_sa"] is theirs
+    monkeypatch.setitem(registry, "pcb_csalr", theirs)
+    monkeypatch.delitem(registry, "plugin_pcb_csalr", raising=False)
+    try:
+        with pytest.warns(UserWarning, match="torchreid already has models named pcb_csalr") as warned:
+            register_hosts()
+            register()
+            register_hosts()
+        assert len(warned) == 1 and "plugin_pcb_csalr" in str(warned[0].message)
+        assert registry["pcb_csalr"] is theirs
+        assert set(MODEL_NAMES) <= set(registry) and "plugin_pcb_sa" not in registry
+        model = torchreid.models.build_model("plugin_pcb_csalr", num_classes=5, pretrained=False, use_gpu=False)
+        assert type(model) is csalr_plugin.PCB and list(model.attention) == ["stage1", "stage2", "stage3"]
+    finally:
+        registry.clear()
+        registry.update(before)
+
+
+def test_a_registry_tells_the_plugins_models_from_those_of_the_host() -> None:
+    registry: dict[str, Any] = {"pcb": object, "resnet50": object}
+    with pytest.warns(UserWarning, match="plugin_pcb"):
+        add_models("a host", registry, {name: partial(dict, name=name) for name in ("pcb", "pcb_sa")})
+    assert {name: plugin_model(registry, name) for name in (*registry, "unknown")} == {
+        "pcb": None,
+        "resnet50": None,
+        "plugin_pcb": "pcb",
+        "pcb_sa": "pcb_sa",
+        "unknown": None,
+    }
 
 
 def test_dataset_names_are_the_hosts() -> None:

@@ -1,17 +1,62 @@
-"""The adapters, one package per host, and the registration of the plugin's models with a host."""
+"""The adapters, one package per host, and the registration of the plugin's models with a host.
+
+A host that has a model of its own under one of the plugin's names keeps it, for example after it has merged the patch
+in ``projects/upstream``. The plugin's model is then registered under the name with the prefix `PREFIX`.
+"""
 
 from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from importlib.machinery import ModuleSpec
 
-__all__ = ["register_hosts"]
+__all__ = ["PREFIX", "add_models", "plugin_model", "register_hosts"]
+
+PREFIX = "plugin_"
+"""Prefix of the names of the plugin's models where the host has its own: ``plugin_pcb_csalr``."""
+
+_MARK = "csalr_plugin_model"  # an attribute of an entry of a registry: the plugin's own name of the model
+
+
+def add_models(host: str, registry: dict[str, Any], entries: Mapping[str, Callable[..., Any]]) -> None:
+    """Add the plugin's models to the registry of a host. Further calls have no effect.
+
+    A model of the host is never replaced: then the plugin's is added as `PREFIX` + name, and one warning says so.
+
+    Args:
+        host: name of the host, for the warning.
+        registry: the models of the host by name; it is changed in place.
+        entries: a function for each of the plugin's names, which builds the model.
+    """
+    yielded = []
+    for name, entry in entries.items():
+        if plugin_model(registry, name) == name:
+            continue
+        key = name
+        if name in registry:
+            key = PREFIX + name
+            if key in registry:
+                continue
+            yielded.append(name)
+        entry.__name__ = entry.__qualname__ = key
+        setattr(entry, _MARK, name)
+        registry[key] = entry
+    if yielded:
+        warnings.warn(
+            f"{host} already has models named {', '.join(yielded)} and keeps them; csalr_plugin's are "
+            f"{', '.join(PREFIX + name for name in yielded)}.",
+            stacklevel=2,
+        )
+
+
+def plugin_model(registry: Mapping[str, Any], name: str) -> str | None:
+    """Return the plugin's own name of the model that a host's registry has as `name`; None for a model of the host."""
+    return getattr(registry.get(name), _MARK, None)
 
 
 def register_hosts() -> None:
@@ -19,9 +64,6 @@ def register_hosts() -> None:
 
     This imports no host, and does nothing where none is installed. It may be called again. fast-reid's registry is
     filled by the import of `csalr_plugin.hosts.fastreid`.
-
-    Raises:
-        UserError: a host that is imported already has another model with one of the plugin's names.
     """
     if hasattr(sys.modules.get("torchreid"), "models"):
         _register_torchreid()

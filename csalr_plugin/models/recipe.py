@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from csalr_plugin.attention import AttentionBlock
 from csalr_plugin.models.pcb import PCB, RefinedPCB
 
 
@@ -230,5 +231,11 @@ def clip_gradients(network: nn.Module, limit: float) -> Tensor:
 
 
 def _children(network: nn.Module, name: str) -> dict[str, nn.Module]:
-    child = getattr(network, name, None)
-    return dict(child.items()) if isinstance(child, nn.ModuleDict) else {}
+    """Return the modules in the child `name` by name; empty if the attention blocks are not the plugin's.
+
+    A host may have a model of its own with children of these names, and trains it in its own way.
+    """
+    blocks, child = getattr(network, "attention", None), getattr(network, name, None)
+    if not isinstance(blocks, nn.ModuleDict) or not isinstance(child, nn.ModuleDict):
+        return {}
+    return dict(child.items()) if all(isinstance(block, AttentionBlock) for block in blocks.values()) else {}

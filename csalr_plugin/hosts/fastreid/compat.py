@@ -27,7 +27,6 @@ from csalr_plugin.extras import needs
 from csalr_plugin.hosts.data import CUHK_SYSU, DUKEMTMC, MARKET1501, VERI, NameRule, named_images, padded
 from csalr_plugin.hosts.folder import is_folder_name, read_folder_data
 from csalr_plugin.hosts.images import read_image
-from csalr_plugin.models import MODEL_NAMES
 
 
 def host() -> ModuleType:
@@ -216,8 +215,10 @@ def resize_alike() -> None:
     host_transforms = build.build_transforms
 
     def build_transforms(cfg: Any, is_train: bool = True) -> Any:
+        from csalr_plugin.hosts.fastreid.meta_architecture import is_plugin_model
+
         transforms = host_transforms(cfg, is_train)
-        for transform in transforms.transforms if cfg.MODEL.META_ARCHITECTURE in MODEL_NAMES else ():
+        for transform in transforms.transforms if is_plugin_model(cfg.MODEL.META_ARCHITECTURE) else ():
             if isinstance(transform, (Resize, RandomResizedCrop)):
                 transform.interpolation = InterpolationMode.BILINEAR
         return transforms

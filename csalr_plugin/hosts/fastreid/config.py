@@ -22,10 +22,10 @@ from csalr_plugin.errors import UserError, shown, suggest
 from csalr_plugin.hosts import keys
 from csalr_plugin.hosts.config import CheckedConfig, read_yaml
 from csalr_plugin.hosts.fastreid.datasets import data_root
+from csalr_plugin.hosts.fastreid.meta_architecture import is_plugin_model
 from csalr_plugin.hosts.fastreid.ranges import IDENTITY_SAMPLERS, check_of
 from csalr_plugin.hosts.folder import is_folder_name
 from csalr_plugin.hosts.keys import TEXT
-from csalr_plugin.models import MODEL_NAMES
 
 _OUR_CHECKS = {f"CSALR.{key.name.upper()}": key.check for key in keys.KEYS}
 
@@ -146,14 +146,15 @@ def validate(cfg: CfgNode) -> None:
     ours = cfg.CSALR
     keys.check_groups(ours.GROUPS, ours.KEY_RATIO, tuple(ours.STAGES), node="CSALR")
     _check_name("MODEL.META_ARCHITECTURE", cfg.MODEL.META_ARCHITECTURE, META_ARCH_REGISTRY)
-    if cfg.MODEL.META_ARCHITECTURE not in MODEL_NAMES:
+    of_plugin = is_plugin_model(cfg.MODEL.META_ARCHITECTURE)
+    if not of_plugin:
         _check_name("MODEL.BACKBONE.NAME", cfg.MODEL.BACKBONE.NAME, BACKBONE_REGISTRY)
         _check_name("MODEL.HEADS.NAME", cfg.MODEL.HEADS.NAME, REID_HEADS_REGISTRY)
     if cfg.TEST.PRECISE_BN.ENABLED and not is_folder_name(cfg.TEST.PRECISE_BN.DATASET):
         _check_name("TEST.PRECISE_BN.DATASET", cfg.TEST.PRECISE_BN.DATASET, DATASET_REGISTRY, "folder:PATH")
     for key in ("SIZE_TRAIN", "SIZE_TEST"):
         size = cfg.INPUT[key]
-        if cfg.MODEL.META_ARCHITECTURE in MODEL_NAMES and (len(size) != 2 or min(size) < 1):
+        if of_plugin and (len(size) != 2 or min(size) < 1):
             raise UserError(f"config key 'INPUT.{key}' is {size}; it must be two positive integers: height, width.")
     _check_optimizer(cfg)
     for key in ("NAMES", "TESTS"):
@@ -181,7 +182,7 @@ def validate(cfg: CfgNode) -> None:
         raise UserError(
             f"config key 'MODEL.DEVICE' is '{cfg.MODEL.DEVICE}'; the last GPU of this machine is cuda:{gpus - 1}."
         )
-    if ours.SYNC_BATCH_NORM and cfg.MODEL.META_ARCHITECTURE not in MODEL_NAMES:
+    if ours.SYNC_BATCH_NORM and not of_plugin:
         raise UserError(
             f"config key 'CSALR.SYNC_BATCH_NORM' is True, and {cfg.MODEL.META_ARCHITECTURE} is fast-reid's own model; "
             "set it to False, and MODEL.BACKBONE.NORM and MODEL.HEADS.NORM to syncBN."

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from fastreid.modeling.meta_arch import META_ARCH_REGISTRY
 from torch import Tensor
 
 from csalr_plugin.errors import UserError
+from csalr_plugin.hosts import add_models, plugin_model
 from csalr_plugin.models import MODEL_NAMES, head_and_attention, recipe
 from csalr_plugin.models.pcb import PCB, RefinedPCB
 from csalr_plugin.models.weights import load_backbone
@@ -170,23 +172,11 @@ def build(name: str, cfg: CfgNode) -> PCB:
 def register(names: Sequence[str] = MODEL_NAMES) -> None:
     """Add the plugin's models to fast-reid's ``META_ARCH_REGISTRY``. Further calls have no effect.
 
-    Raises:
-        UserError: the registry has another model with one of the names.
+    A model of fast-reid itself keeps its name; see `csalr_plugin.hosts.add_models`.
     """
-    present: dict[str, Any] = META_ARCH_REGISTRY._obj_map
-    for name in names:
-        if name not in present:
-            META_ARCH_REGISTRY.register(_entry(name))
-        elif getattr(present[name], "__module__", None) != __name__:
-            raise UserError(
-                f"fast-reid already has a model named '{name}' ({present[name]!r}), which csalr_plugin does not "
-                "replace; rename it to use the plugin's model."
-            )
+    add_models("fast-reid", META_ARCH_REGISTRY._obj_map, {name: partial(build, name) for name in names})
 
 
-def _entry(name: str) -> Callable[[CfgNode], PCB]:
-    def entry(cfg: CfgNode) -> PCB:
-        return build(name, cfg)
-
-    entry.__name__ = entry.__qualname__ = name
-    return entry
+def is_plugin_model(name: str) -> bool:
+    """Return whether ``META_ARCH_REGISTRY`` has a model of the plugin under `name`."""
+    return plugin_model(META_ARCH_REGISTRY._obj_map, name) is not None

@@ -7,8 +7,8 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
-from csalr_plugin.errors import UserError
 from csalr_plugin.extras import needs
+from csalr_plugin.hosts import add_models
 
 __all__ = ["dataset_names", "host", "model_registry", "register"]
 
@@ -29,30 +29,23 @@ def register() -> None:
     It may be called again. Each model is built with the settings of the active config's node `csalr`, by default those
     of the paper.
 
+    A model of torchreid itself keeps its name; see `csalr_plugin.hosts.add_models`.
+
     Raises:
-        UserError: torchreid is not installed, or has a model of its own under one of the names.
+        UserError: torchreid is not installed.
     """
     from csalr_plugin.hosts.torchreid import compat
     from csalr_plugin.models import MODEL_NAMES
 
     compat.apply()
-    registry = _registry()
-    for name in MODEL_NAMES:
-        present = registry.get(name)
-        if present is not None and getattr(present, "__module__", None) != __name__:
-            raise UserError(
-                f"torchreid already has a model named '{name}' ({present!r}), which csalr_plugin does not "
-                "replace; rename that one to use the plugin's."
-            )
-    for name in MODEL_NAMES:
-        registry.setdefault(name, _entry(name))
+    add_models("torchreid", _registry(), {name: _entry(name) for name in MODEL_NAMES})
 
 
 def model_registry() -> dict[str, Callable[..., Any]]:
     """Return torchreid's own dictionary of models, including those of the plugin.
 
     Raises:
-        UserError: torchreid is not installed, or has a model of its own under one of the plugin's names.
+        UserError: torchreid is not installed.
     """
     register()
     return _registry()
@@ -91,5 +84,4 @@ def _entry(name: str) -> Callable[..., Any]:
             key_ratio=settings.key_ratio,
         )
 
-    build.__name__ = build.__qualname__ = name
     return build
