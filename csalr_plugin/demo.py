@@ -69,7 +69,7 @@ def _in_torchreid(data: str, run: Path, seed: int) -> tuple[Results, dict[str, A
     checkpoint = run / "model" / f"model.pth.tar-{config(run).train.max_epoch}"
     show = ("test.evaluate", True, "test.visrank", True, "model.load_weights", str(checkpoint))
     results["after"] = train(config(run / "after", *show))[data]
-    return results, {"checkpoint": checkpoint, "ranked results": run / "after" / f"visrank_{file_stem(data)}"}
+    return results, {"checkpoint": checkpoint, "ranked results": run / "after" / f"ranked_{file_stem(data)}.png"}
 
 
 def _in_fastreid(data: str, run: Path, seed: int) -> tuple[Results, dict[str, Any]]:

@@ -301,13 +301,13 @@ def test_a_disk_without_space_for_a_checkpoint_is_refused_before_training(
 def test_a_save_folder_that_is_removed_during_training_is_made_again(
     tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    save = engine_module._PluginTraining._save_rolling
+    save = engine_module._PluginTraining._save
 
-    def remove_the_folder(self: Any) -> None:
+    def remove_the_folder(self: Any, *args: Any) -> Path:
         shutil.rmtree(tmp_path / "log")
-        save(self)
+        return save(self, *args)
 
-    monkeypatch.setattr(engine_module._PluginTraining, "_save_rolling", remove_the_folder)
+    monkeypatch.setattr(engine_module._PluginTraining, "_save", remove_the_folder)
     train(small(tiny_data, tmp_path / "log"))
     assert read_checkpoint(tmp_path / "log" / "model" / "model.pth.tar-1")["epoch"] == 1
 
@@ -315,13 +315,13 @@ def test_a_save_folder_that_is_removed_during_training_is_made_again(
 def test_a_folder_that_cannot_be_written_during_training_is_one_line(
     tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    save = engine_module._PluginTraining._save_rolling
+    save = engine_module._PluginTraining._save
 
-    def spoil_the_folder(self: Any) -> None:
+    def spoil_the_folder(self: Any, *args: Any) -> Path:
         (tmp_path / "model").write_text("a file in its place")
-        save(self)
+        return save(self, *args)
 
-    monkeypatch.setattr(engine_module._PluginTraining, "_save_rolling", spoil_the_folder)
+    monkeypatch.setattr(engine_module._PluginTraining, "_save", spoil_the_folder)
     with pytest.raises(UserError, match=r"model\.pth\.tar-1' cannot be written \((File exists|Not a directory)\)"):
         train(small(tiny_data, tmp_path))
 
@@ -352,7 +352,7 @@ def test_a_closed_console_ends_training_with_a_checkpoint_that_resumes_exactly(
 ) -> None:
     straight = train(small(tiny_data, tmp_path / "whole"))
     with monkeypatch.context() as patch, pytest.raises(BrokenPipeError):
-        patch.setattr(sys, "stdout", ClosedConsole("[1/1][2/"))
+        patch.setattr(sys, "stdout", ClosedConsole("batch 2/"))
         train(small(tiny_data, tmp_path / "halves", "train.print_freq", 1))
     (log,) = (tmp_path / "halves").glob("train.log*")
     match = re.search(r"Go on with: model.resume (\S+)", log.read_text())
@@ -379,7 +379,7 @@ def test_a_record_that_cannot_be_written_never_costs_a_checkpoint(
     elif failing == "maps":
         keys = ("train.max_epoch", 1, "train.batch_size", 20, "csalr.tensorboard.maps_every", 1)
         config = settings(tiny_data, tmp_path, *keys)
-        monkeypatch.setattr("csalr_plugin.hosts.torchreid.monitor.maps_of", fail)
+        monkeypatch.setattr("csalr_plugin.hosts.maps.maps_of", fail)
     else:
         whole = Path.open
 

@@ -490,7 +490,7 @@ def test_maps_that_cannot_be_drawn_are_one_line(
 
 
 def test_metrics_of_a_repeated_epoch_replace_the_earlier_ones_and_an_incomplete_line_is_ignored(tmp_path: Path) -> None:
-    from csalr_plugin.hosts.torchreid.monitor import read_metrics
+    from csalr_plugin.hosts.records import read_metrics
 
     lines = [{"epoch": 1, "loss": 9.0}, {"epoch": 2, "loss": 8.0}, {"epoch": 2, "dataset": "d", "mAP": 0.1}]
     lines += [{"epoch": 2, "loss": 7.0}, {"epoch": 2, "dataset": "d", "mAP": 0.2}]
@@ -517,7 +517,7 @@ def test_tensorboard_has_losses_gates_rates_heads_maps_and_the_optional_projecto
     rates = [f"Epoch/lr_{name}" for name in ("backbone", "new", "attention", "gate")]
     assert tags.issuperset({"Train/L_F", "Train/L_DS_stage2", "Train/alpha_stage3", *heads, *rates})
     assert events.Scalars("Epoch/lr_gate")[0].value == pytest.approx(0.01)
-    assert set(events.Tags()["images"]) == {"Maps/stage2_full_and_csalr", "Maps/stage3_full_and_csalr"}
+    assert set(events.Tags()["images"]) == {"Maps/stage2", "Maps/stage3"}
     assert (tmp_path / "projector_config.pbtxt").is_file()
     (line,) = (line for line in map(json.loads, (tmp_path / "metrics.jsonl").open()) if "batches" in line)
     assert line["L_F"] > 0 and "alpha_stage2" in line and 0 <= line["accuracy_part1"] <= 100

@@ -35,6 +35,7 @@ __all__ = [
     "is_lost",
     "is_main",
     "local_rank",
+    "local_world_size",
     "means",
     "numbers",
     "one_first",
@@ -65,6 +66,11 @@ def is_main() -> bool:
 def local_rank() -> int:
     """Return this process's rank on its machine, from 0."""
     return _variable("LOCAL_RANK") if world_size() > 1 else 0
+
+
+def local_world_size() -> int:
+    """Return the number of processes on this machine."""
+    return max(1, _variable("LOCAL_WORLD_SIZE", 1)) if world_size() > 1 else 1
 
 
 @contextmanager

@@ -169,6 +169,9 @@ def list_of(item: Check, length: int | None = None, *, least: int = 0) -> Check:
     return Check(f"{kind}, each {item.allowed}", parse, item.names)
 
 
+MANY = 1_000_000
+"""The upper bound of counts that have no natural one: epochs, batches, steps."""
+
 _MOST_LANDMARKS = 1000
 
 
@@ -182,13 +185,15 @@ def _parse_stages(value: Any) -> tuple[int, ...]:
     return stages
 
 
+def _parse_keep(value: Any) -> str:
+    return "all" if value == "all" else str(integer(1, MANY).parse(value))
+
+
 LANDMARKS = Check(
     f"two positive integers of at most {_MOST_LANDMARKS}, rows and columns, such as 12,8", _parse_landmarks
 )
+KEEP = Check("an integer of at least 1, or all", _parse_keep)
 STAGES = Check("distinct stages from 1 to 4, at least one, such as 1,2,3", _parse_stages)
-
-MANY = 1_000_000
-"""The upper bound of counts that have no natural one: epochs, batches, steps."""
 
 
 @dataclass(frozen=True)
@@ -232,6 +237,7 @@ KEYS = (
     ),
     Key("channels_last", False, BOOLEAN, "channels_last memory format of images and feature maps"),
     Key("compile", False, BOOLEAN, "compile the network with torch.compile: minutes at first, then faster"),
+    Key("keep", "1", KEEP, "newest checkpoints to keep, or all; the one with the best mAP stays in addition"),
     Key("overwrite", False, BOOLEAN, "let a run write into a folder that holds an earlier run's checkpoints"),
     Key("shared_identities", False, BOOLEAN, "let a dataset folder:PATH have an identity in both train and query"),
     Key("rpp.pcb_epochs", 40, integer(0, MANY), "epochs of plain PCB before refined part pooling"),
@@ -277,3 +283,21 @@ def check_groups(groups: int, key_ratio: float, stages: tuple[int, ...], *, node
                     f"config key '{node}.{in_case('groups')}' is {groups}, which does not divide the {count} {name} of "
                     f"stage {stage} ({node}.{in_case('key_ratio')} {key_ratio:g}); use a power of two such as 2."
                 )
+
+
+def check_phases(key: str, epochs: int, phase_key: str, pcb_epochs: int, model: str) -> None:
+    """Check that refined part pooling begins before a training ends.
+
+    Args:
+        key, epochs: the host's key of the number of epochs, and its value.
+        phase_key, pcb_epochs: the key of the number of epochs before refined part pooling, and its value.
+        model: the name of the model.
+
+    Raises:
+        UserError: it would never begin.
+    """
+    if epochs <= pcb_epochs:
+        raise UserError(
+            f"config key '{key}' is {epochs}, and '{phase_key}' is {pcb_epochs}: the refined part pooling of {model} "
+            f"would never begin; set {key} to more than {pcb_epochs}, or {phase_key} to less than {epochs}."
+        )

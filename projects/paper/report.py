@@ -19,7 +19,7 @@ import matplotlib
 from tabulate import tabulate
 
 from csalr_plugin.files import write_json
-from csalr_plugin.hosts.torchreid.monitor import METRICS, read_metrics
+from csalr_plugin.hosts.records import METRICS, read_metrics
 
 from .attention_maps import reconstruction_table
 from .folder import CONSOLE, COST, RESULT, RUN, STUDY, epochs_done, read_json

@@ -295,7 +295,7 @@ def _conclude(run: Run) -> str:
     found = read_json(run.folder / f"results_{run.dataset}.json")
     if found.get("epoch") != run.epochs:
         return f"its results are of epoch {found.get('epoch')}, not of {run.epochs}; see {run.folder / CONSOLE}"
-    from csalr_plugin.hosts.torchreid.monitor import METRICS, read_metrics
+    from csalr_plugin.hosts.records import METRICS, read_metrics
 
     from ..environment import machine, versions
 

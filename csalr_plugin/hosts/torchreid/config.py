@@ -310,6 +310,10 @@ def _check_combinations(settings: Mapping[str, Any]) -> None:
     resumes, start, last = settings["model.resume"], settings["train.start_epoch"], settings["train.max_epoch"]
     if resumes and start:
         refuse("train.start_epoch", "0 together with 'model.resume', whose checkpoint says how many epochs are done")
+    if settings["model.name"].startswith("pcb_rpp") and not settings["test.evaluate"]:
+        keys.check_phases(
+            "train.max_epoch", last, "csalr.rpp.pcb_epochs", settings["csalr.rpp.pcb_epochs"], settings["model.name"]
+        )
     if start >= last and not settings["test.evaluate"]:
         refuse("train.start_epoch", f"less than 'train.max_epoch', {last}, or no epoch is trained")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -25,6 +26,17 @@ from csalr_plugin.files import check_space, complete_file, write_json
 from csalr_plugin.hosts import distributed
 from csalr_plugin.hosts.config import recordable
 from csalr_plugin.hosts.folder import file_stem
+from csalr_plugin.hosts.ranked import draw_ranked
+from csalr_plugin.hosts.records import (
+    METRICS,
+    Checkpoints,
+    about_checkpoint,
+    copy_file,
+    mean_precision,
+    never_fatal,
+    phase_line,
+    read_metrics,
+)
 from csalr_plugin.hosts.torchreid.config import active_config, training_keys
 from csalr_plugin.hosts.torchreid.loading import (
     check_batches,
@@ -33,11 +45,14 @@ from csalr_plugin.hosts.torchreid.loading import (
     evaluation_loader,
     training_loader,
 )
-from csalr_plugin.hosts.torchreid.monitor import Monitor, Writer, never_fatal
+from csalr_plugin.hosts.torchreid.monitor import Monitor, Writer
 from csalr_plugin.hosts.torchreid.optimizer import check_layers
 from csalr_plugin.hosts.torchreid.ranking import evaluate_rank
 from csalr_plugin.hosts.training import keep_freed_memory, machine_failure, single_image_batch, unwrapped
-from csalr_plugin.models import recipe
+from csalr_plugin.models import RefinedPCB, recipe
+
+BEST = "model-best.pth.tar"
+"""Name of the checkpoint with the best mAP, which is also the host's name."""
 
 PROGRESS = ("batches_done", "images", "scaler")
 """Entries of an optimizer's parameter groups that describe how far an epoch is; the host's resuming keeps them."""
@@ -73,6 +88,8 @@ class _PluginTraining(_HostEngine):
         self.recorded = recordable({key: config.lookup(key) for key in training_keys(config)})
         self.resumed_from: str = config.model.resume
         self.seed: int = config.train.seed
+        self.settings_of_run = config
+        self.normalisation = (config.data.norm_mean, config.data.norm_std)
         self.network = unwrapped(self.model)
         self.blocks = recipe.attention_blocks(self.network)
         self.device = next(self.model.parameters()).device
@@ -88,7 +105,11 @@ class _PluginTraining(_HostEngine):
         self.save_dir = Path(config.data.save_dir)
         self.results: dict[str, dict[str, float]] = {}
         self.monitor = Monitor(self)
-        self._rolling: Path | None = None  # the newest epoch's checkpoint, unless that epoch was evaluated
+        self.tested: dict[str, Any] = {}  # the checkpoint that a run without training evaluates
+        self._print_freq = 20
+        self._trains = False  # inside a training
+        self._kept = Checkpoints(self.settings.keep)
+        self._best = -1.0  # the best mAP so far
         self._stopped_at = 0.0  # the time at which this process was asked to stop
         self._stops = False  # all processes stop after this batch
         self._batches_done = 0  # batches of this epoch that were trained before the checkpoint that was resumed
@@ -103,9 +124,20 @@ class _PluginTraining(_HostEngine):
         else:
             draw_from(self.seed, self.epoch, self.batch_idx, "model")
             summary = self.iteration(data, self.epoch * self.num_batches + self.batch_idx)
+            self._print_batch(summary)
         if self._stops:
             raise _StopBetweenBatches
         return summary
+
+    def _print_batch(self, summary: dict[str, float]) -> None:
+        """Print a line every `train.print_freq` batches; on a terminal, which has a progress bar, log it alone."""
+        number = self.batch_idx + 1
+        tell = getattr(sys.stdout, "to_file", None) if sys.stderr.isatty() else print
+        if tell is not None and distributed.is_main() and number % self._print_freq == 0 and number < self.num_batches:
+            tell(
+                f"epoch {self.epoch + 1}/{self.max_epoch}, batch {number}/{self.num_batches}: "
+                f"loss {summary['loss']:.4g}, accuracy {summary['acc']:.1f} %, lr {self.get_current_lr():.3g}"
+            )
 
     def iteration(self, data: dict[str, Any], number: int) -> dict[str, float]:
         """Train on one batch of the host's loader.
@@ -164,8 +196,9 @@ class _PluginTraining(_HostEngine):
         summary |= distributed.numbers({f"alpha_{name}": block.alpha for name, block in self.blocks.items()})
         if self.scaler.is_enabled():
             summary["loss_scale"] = self.scaler.get_scale()
+        summary["acc"] = values["acc"]
         self.monitor.count(summary, logits, identities)
-        return {**summary, "acc": values["acc"]}
+        return summary
 
     def _exchanged(self, complete: bool) -> contextlib.AbstractContextManager[None]:
         """Exchange gradients between processes once per step, not once per batch."""
@@ -283,7 +316,12 @@ class _PluginTraining(_HostEngine):
         self.save_dir = Path(save_dir)
         done = options.get("start_epoch", 0)
         self.epoch = max(0, done - 1)  # a finished training that is only evaluated is at its last epoch
-        trains = not options.get("test_only", False)
+        self._trains = trains = not options.get("test_only", False)
+        if not trains:
+            config = self.settings_of_run
+            self.tested = about_checkpoint(config.model.load_weights or config.model.resume)
+            self.epoch = (self.tested["epoch"] or 1) - 1
+        self._print_freq = options.get("print_freq", 10)
         with distributed.together():
             if trains:
                 self.save_dir.mkdir(parents=True, exist_ok=True)
@@ -295,6 +333,9 @@ class _PluginTraining(_HostEngine):
             for loaders in self.test_loader.values():
                 for loader in loaders.values():
                     check_tracklets(loader, "test.batch_size")
+        if trains:
+            self.monitor.begin(done)
+            self._best = mean_precision(read_metrics(self.save_dir / METRICS)[1])
         if trains and done >= options.get("max_epoch", 0):
             print(f"All {done} epochs are done: the model is only evaluated. train.max_epoch trains further.")
         if not distributed.is_main():
@@ -320,7 +361,8 @@ class _PluginTraining(_HostEngine):
         self._resume_epoch()
         draw_from(self.seed, self.epoch, 0, "epoch")
         self.train_loader.sampler.epoch = self.epoch
-        self.monitor.start_epoch()
+        self.monitor.start_epoch(self._batches_done)
+        options["print_freq"] = sys.maxsize  # the host's lines have up to 300 characters
         with self._stop_between_batches():
             try:
                 super().train(*args, **options)
@@ -341,9 +383,12 @@ class _PluginTraining(_HostEngine):
                 raise UserError(
                     f"Training stopped at epoch {self.epoch + 1}: {cause}. {self._last_checkpoint(saved)}."
                 ) from error
+            finally:
+                self.monitor.close_epoch()
         self._mark_progress(0)
         with distributed.together():  # an error of the first process ends all of them
-            self._save_rolling()
+            if distributed.is_main():
+                self._kept.add(self._save(self._name(), self.epoch + 1))
         self.monitor.end_epoch()
         if any(distributed.gathered(self._stopped)):
             raise KeyboardInterrupt
@@ -377,6 +422,10 @@ class _PluginTraining(_HostEngine):
         phase = recipe.begin_epoch(
             self.network, epoch, pcb_epochs=rpp.pcb_epochs, part_classifier_epochs=rpp.part_classifier_epochs
         )
+        if isinstance(self.network, RefinedPCB) and distributed.is_main():
+            begins = epoch == self.start_epoch
+            if line := phase_line(epoch, self.max_epoch, rpp.pcb_epochs, rpp.part_classifier_epochs, begins):
+                print(line)
         if phase is recipe.Phase.PART_CLASSIFIER:
             fixbase_epoch, open_layers = epoch + 1, ["part_classifier"]
         super().two_stepped_transfer_learning(epoch, fixbase_epoch, open_layers, model or self.network)
@@ -409,20 +458,21 @@ class _PluginTraining(_HostEngine):
                 signal.signal(number, handler)
 
     def save_model(self, epoch: int, rank1: float, save_dir: str, is_best: bool = False) -> None:
-        """Save an evaluated epoch's checkpoint as the host does; the file is complete or absent."""
+        """Save an evaluated epoch's checkpoint as the host does, and a copy of it if its mAP is the best so far.
+
+        A file is complete or absent. With several targets the mean of their mAP counts.
+        """
         with distributed.together():
             if distributed.is_main():
-                path = self._save(f"model.pth.tar-{epoch + 1}", epoch + 1, float(rank1))
-                if self._rolling == path:
-                    self._rolling = None  # evaluated: it stays
-
-    def _save_rolling(self) -> None:
-        """Replace the checkpoint of the previous epoch by the newest, unless the previous one was evaluated."""
-        if not distributed.is_main():
-            return
-        before, self._rolling = self._rolling, self._save(f"model.pth.tar-{self.epoch + 1}", self.epoch + 1)
-        if before and before != self._rolling:
-            before.unlink(missing_ok=True)
+                precision = sum(result["mAP"] for result in self.results.values()) / max(1, len(self.results))
+                path = self._save(self._name(), epoch + 1, float(rank1))
+                print(f'Checkpoint saved to "{path}"')
+                self._kept.add(path)
+                if precision > self._best:
+                    self._best = precision
+                    with never_fatal(f"the best checkpoint {BEST}"):
+                        copy_file(path, path.with_name(BEST))
+                        print(f'Best mAP so far, {precision:.1%}: "{path.with_name(BEST)}"')
 
     def _save_interrupted(self, alone: bool = False) -> Path:
         """Save the epoch so far, without the incomplete step.
@@ -440,8 +490,12 @@ class _PluginTraining(_HostEngine):
             time.sleep(5)
         if distributed.is_main() or (alone and distributed.rank() == 1 and not path.exists()):
             self._save(path.name, self.epoch)
-            print(f"Go on with: model.resume {path}")
+            print(f'Checkpoint saved to "{path}"\nGo on with: model.resume {path}')
         return path
+
+    def _name(self) -> str:
+        """Return the name of the checkpoint of the current epoch."""
+        return f"model.pth.tar-{self.epoch + 1}"
 
     def _mark_progress(self, batches_done: int) -> None:
         """Write `PROGRESS` into the optimizer's groups, which the host's own resuming carries over."""
@@ -466,7 +520,6 @@ class _PluginTraining(_HostEngine):
         size = _size_of([*state["state_dict"].values(), *values])
         with complete_file(path, size, f"{self._last_checkpoint()}.") as unfinished, unfinished.open("wb") as file:
             torch.save(state, file)
-        print(f'Checkpoint saved to "{path}"')
         return path
 
     def _last_checkpoint(self, saved: Path | None = None, change: str = "") -> str:
@@ -529,21 +582,33 @@ class _PluginTraining(_HostEngine):
         for rank in ranks:
             print(f"Rank-{rank:<3}: {cmc[rank - 1]:.1%}")
         self.results[dataset_name] = results
-        path = Path(save_dir or self.save_dir) / f"results_{file_stem(dataset_name)}.json"
+        folder = Path(save_dir or self.save_dir)
+        path = folder / f"results_{file_stem(dataset_name)}.json"
+        size = [self.datamanager.height, self.datamanager.width]
+        trained = {"checkpoint": str(self.save_dir / "model" / self._name()), "epoch": self.epoch + 1}
+        about = {
+            **(self.tested or trained),
+            "dataset": dataset_name,
+            "image_size": size,
+            "dist_metric": dist_metric,
+            "rerank": rerank,
+        }
+        about |= {"normalize_feature": normalize_feature, "use_metric_cuhk03": use_metric_cuhk03}
         with never_fatal(f"the results file {str(path)!r}"):
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_json(path, {"epoch": self.epoch + 1, "rerank": rerank, **results})
-        self.monitor.evaluated(dataset_name, results, query, query_ids, query_cameras)
-        if visrank:
-            torchreid.utils.visualize_ranked_results(
-                distances,
-                self.datamanager.fetch_test_loaders(dataset_name),
-                self.datamanager.data_type,
-                width=self.datamanager.width,
-                height=self.datamanager.height,
-                save_dir=str(Path(save_dir) / f"visrank_{file_stem(dataset_name)}"),
-                topk=visrank_topk,
-            )
+            write_json(path, {**about, **results})
+        if self._trains:
+            self.monitor.evaluated(dataset_name, results)
+        if self.settings.tensorboard.projector:
+            self.monitor.show_embeddings(dataset_name, query, query_ids, query_cameras, self.epoch + 1)
+        if visrank or (self._trains and self.epoch + 1 >= self.max_epoch):
+            with never_fatal("the picture of ranked results"):
+                subsets = self.datamanager.test_dataset[dataset_name]
+                target = folder / f"ranked_{file_stem(dataset_name)}.png"
+                draw_ranked(
+                    target, distances, subsets["query"], subsets["gallery"], most=visrank_topk, title=dataset_name
+                )
+                print(f'Ranked results drawn to "{target}"')
         outcome = float(cmc[0]), float(mean_ap)
         return distributed.from_main((results, outcome))[1]
 

@@ -1,43 +1,37 @@
-"""Records of a training: ``metrics.jsonl``, and TensorBoard's curves, attention maps and embeddings.
+"""The log of a training, and TensorBoard's curves, attention maps and embeddings.
 
-Nothing here can end a training: an error while a record is written is one line on the console.
+An error while a record is written is one line on the console, and never ends a training.
 """
 
 from __future__ import annotations
 
-import json
 import sys
-import time
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from torch.utils.tensorboard.writer import SummaryWriter
 
-from csalr_plugin.attention.maps import maps_of
-from csalr_plugin.errors import first_line
 from csalr_plugin.hosts import distributed
+from csalr_plugin.hosts.maps import map_pictures
+from csalr_plugin.hosts.records import (
+    EpochRecord,
+    differing,
+    epoch_line,
+    forget_later,
+    learning_rates,
+    never_fatal,
+    write_line,
+)
+from csalr_plugin.hosts.torchreid.config import active_config
 from csalr_plugin.models import PCB, recipe
-from csalr_plugin.models.inspect import block_inputs
 
-METRICS = "metrics.jsonl"
 _MOST_EMBEDDINGS = 1000  # in the projector, which is a page in a browser
 _MAP_IMAGES = 2
-
-
-@contextmanager
-def never_fatal(record: str) -> Iterator[None]:
-    """Turn an error in the with statement into one line that names `record`."""
-    try:
-        yield
-    except Exception as error:  # whatever it is, the training must go on
-        print(f"Warning: {record} cannot be written ({first_line(error)}); the run goes on without.", file=sys.stderr)
 
 
 class Logger:
@@ -63,6 +57,12 @@ class Logger:
         self._call("write", text)
         return len(text)
 
+    def to_file(self, text: str) -> None:
+        """Write a line to the log file alone."""
+        console, self.console = self.console, None
+        self._call("write", text + "\n")
+        self.console = console
+
     def flush(self) -> None:
         """Flush both."""
         self._call("flush")
@@ -87,6 +87,22 @@ class Logger:
 
     def _warning(self, name: str) -> AbstractContextManager[None]:
         return never_fatal(f"the log file {name!r}")
+
+
+class ScriptLogger(Logger):
+    """The log of the host's train script, which prints all settings and the machine: they go to the log file alone."""
+
+    def write(self, text: str) -> int:
+        """Write `text`, with the settings that differ from the defaults on the console."""
+        if not text.startswith(("Show configuration", "** System info **")) or self.file is None:
+            return super().write(text)
+        self.to_file(text)
+        config = active_config()
+        if text.startswith("Show configuration"):
+            return super().write(
+                f"Settings that differ from the defaults:\n{differing(config.leaves(), config.defaults)}"
+            )
+        return super().write(f"(the machine: {self.file.name})")
 
 
 class Writer:
@@ -116,10 +132,10 @@ class Writer:
 
 
 class Monitor:
-    """Collects an engine's metrics: one line per epoch and one per evaluation.
+    """Writes the metrics of an engine: one line per epoch on the console and in ``metrics.jsonl``, and TensorBoard.
 
-    The lines of ``metrics.jsonl`` are JSON. A resumed training appends to them, and the last line of an epoch counts
-    (see :func:`read_metrics`). TensorBoard gets each head's accuracy and each group's learning rate of every epoch.
+    A resumed training appends to ``metrics.jsonl``. TensorBoard gets each head's accuracy and each group's learning
+    rate of every epoch.
 
     Args:
         engine: an engine of ``plugin_engine``. It is only read, except that it gets a `writer` if it has none.
@@ -127,55 +143,64 @@ class Monitor:
 
     def __init__(self, engine: Any) -> None:
         self.engine = engine
-        self._sums: dict[str, Any] = defaultdict(float)
-        self._last: dict[str, float] = {}
-        self._batches = 0
-        self._rates: dict[str, float] = {}
-        self._started = time.monotonic()
+        self._record: EpochRecord | None = None
 
-    def start_epoch(self) -> None:
-        """Reset the sums, and note the learning rates, which the host changes at the end of an epoch."""
-        self._sums.clear()
-        self._last, self._batches, self._started = {}, 0, time.monotonic()
-        self._rates = learning_rates(self.engine.optimizer)
+    def begin(self, done: int) -> None:
+        """Start a training of which `done` epochs are trained: remove the metrics of later epochs."""
+        if distributed.is_main():
+            forget_later(Path(self.engine.save_dir), done)
+
+    def start_epoch(self, done: int = 0) -> None:
+        """Start the record of an epoch, and note the learning rates, which the host changes at the end of an epoch.
+
+        Args:
+            done: batches of the epoch that were trained before the checkpoint that was resumed.
+        """
+        engine = self.engine
+        batches = len(engine.train_loader)
+        self._record = EpochRecord(engine.epoch + 1, engine.max_epoch, batches, done=done, bar=distributed.is_main())
+        self._record.rates = learning_rates(engine.optimizer)
 
     def count(self, summary: dict[str, float], logits: Sequence[Tensor] | Tensor, identities: Tensor) -> None:
         """Add one batch.
 
         Args:
-            summary: the terms of its loss, and the gates.
+            summary: the terms of its loss, the accuracy in per cent, and the gates.
             logits: (B, num_classes) of each head.
             identities: (B,).
         """
-        self._batches += 1
-        for name, value in summary.items():
-            if name.startswith("alpha"):
-                self._last[name] = value
-            else:
-                self._sums[name] += value
+        if self._record is None:  # a batch outside of an epoch
+            return
+        gates = {name: value for name, value in summary.items() if name.startswith("alpha")}
+        values: dict[str, float | Tensor] = {name: value for name, value in summary.items() if name not in gates}
         network = self.engine.network
         outputs, branches = recipe.split_logits(network, logits)
         kind = "part" if isinstance(network, PCB) else "head"
         heads = {f"{kind}{number}": output for number, output in enumerate(outputs, start=1)} | branches
         for name, head in heads.items():
             # A tensor: a Python number would wait for the device.
-            self._sums[f"accuracy_{name}"] += 100 * (head.detach().argmax(dim=1) == identities).float().mean()
+            values[f"accuracy_{name}"] = 100 * (head.detach().argmax(dim=1) == identities).float().mean()
+        self._record.count(values, gates)
+
+    def close_epoch(self) -> None:
+        """Remove the progress bar, also after an error."""
+        if self._record is not None:
+            self._record.close()
 
     def end_epoch(self) -> None:
-        """Write the epoch's line, and its curves and attention maps in TensorBoard."""
-        if not self._batches:  # the whole epoch was trained before the checkpoint that was resumed
+        """Print and write the epoch's line, and its curves and attention maps in TensorBoard."""
+        record, engine = self._record, self.engine
+        if record is None or not record.batches:  # all its batches were trained before the checkpoint was resumed
             return
-        engine = self.engine
-        means = distributed.means({name: value / self._batches for name, value in self._sums.items()})
+        means = distributed.means(record.means())
         if not distributed.is_main():
             return
-        rates = {f"lr_{name}": rate for name, rate in self._rates.items()}
-        seconds = round(time.monotonic() - self._started, 3)
-        epoch = {"epoch": engine.epoch + 1, "batches": self._batches, "seconds": seconds}
-        self._write({**epoch, **means, **self._last, **rates})
+        line = record.line(means)
+        print(epoch_line(line, engine.max_epoch))
+        write_line(Path(engine.save_dir), line)
         if engine.writer is None:
             return
-        for name, value in {**means, **rates}.items():
+        for name, value in line.items():
             if name.startswith(("accuracy_", "lr_")):
                 engine.writer.add_scalar(f"Epoch/{name}", value, engine.epoch + 1)
         every = engine.settings.tensorboard.maps_every
@@ -183,85 +208,39 @@ class Monitor:
             with never_fatal("pictures of the attention maps"):
                 self._show_maps()
 
-    def evaluated(
-        self, dataset: str, results: dict[str, float], embeddings: Tensor, identities: np.ndarray, cameras: np.ndarray
+    def evaluated(self, dataset: str, results: dict[str, float]) -> None:
+        """Write the line of an evaluation of a training."""
+        write_line(Path(self.engine.save_dir), {"epoch": self.engine.epoch + 1, "dataset": dataset, **results})
+
+    def show_embeddings(
+        self, dataset: str, embeddings: Tensor, identities: np.ndarray, cameras: np.ndarray, epoch: int
     ) -> None:
-        """Write an evaluation's line; with `csalr.tensorboard.projector` show the queries' embeddings, (N, width)."""
-        engine = self.engine
-        self._write({"epoch": engine.epoch + 1, "dataset": dataset, **results})
-        if engine.settings.tensorboard.projector:
-            with never_fatal("the embeddings in TensorBoard's projector"):
-                self._show_embeddings(dataset, embeddings[:_MOST_EMBEDDINGS], identities, cameras)
+        """Show embeddings (N, width) of queries in TensorBoard's projector."""
+        with never_fatal("the embeddings in TensorBoard's projector"):
+            if self.engine.writer is None:
+                self.engine.writer = Writer(self.engine.save_dir)
+            show_embeddings(self.engine.writer, dataset, embeddings, identities, cameras, epoch)
 
-    def _show_embeddings(self, dataset: str, shown: Tensor, identities: np.ndarray, cameras: np.ndarray) -> None:
-        engine = self.engine
-        if engine.writer is None:
-            engine.writer = Writer(engine.save_dir)
-        # 12288 numbers per query would make files of 100 MB and more; 64 principal directions keep the neighbours.
-        left, size, _ = torch.pca_lowrank(shown, q=min(64, *shown.shape))
-        labels = [list(map(str, pair)) for pair in zip(identities[: len(shown)], cameras[: len(shown)], strict=True)]
-        engine.writer.add_embedding(
-            left * size, labels, metadata_header=["identity", "camera"], global_step=engine.epoch + 1, tag=dataset
-        )
-        engine.writer.flush()
-
-    def _write(self, line: dict[str, Any]) -> None:
-        path = Path(self.engine.save_dir) / METRICS
-        with never_fatal(repr(str(path))):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
-
-    @torch.no_grad()
     def _show_maps(self) -> None:
-        """Show each stage's full map beside CSALR's, for the first queries and the middle position."""
+        """Show the photograph, each stage's full map and its compressed map of the first queries."""
         engine = self.engine
         target = next(iter(engine.test_loader.values()))["query"].dataset
         samples = [target[index]["img"] for index in range(min(_MAP_IMAGES, len(target)))]
         frames = [sample[0] if sample.dim() == 4 else sample for sample in samples]  # the first frame of a video
-        images = torch.stack(frames).to(next(engine.network.parameters()).device)
-        training = engine.network.training
-        engine.network.eval()
-        try:
-            for stage, x in block_inputs(engine.network, images).items():
-                height, width = x.shape[-2:]
-                middle = torch.tensor([height // 2 * width + width // 2], device=x.device)
-                maps = maps_of(engine.blocks[stage], x, rows=middle)
-                pictures = [one.mean(dim=1).reshape(len(x), 1, height, width) for one in (maps.full, maps.compressed)]
-                peak = pictures[0].amax(dim=(1, 2, 3), keepdim=True)
-                side_by_side = torch.cat([(one / peak).clamp(0, 1) for one in pictures], dim=3)  # B, 1, H, 2 W
-                shown = F.interpolate(side_by_side.float(), scale_factor=images.shape[-2] / height)
-                engine.writer.add_images(f"Maps/{stage}_full_and_csalr", shown, engine.epoch + 1)
-        finally:
-            engine.network.train(training)
+        images = torch.stack(frames)  # B, 3, H, W
+        mean, std = (torch.tensor(values).view(3, 1, 1) for values in engine.normalisation)
+        device = next(engine.network.parameters()).device
+        for stage, pictures in map_pictures(engine.network, images.to(device), images * std + mean).items():
+            engine.writer.add_images(f"Maps/{stage}", pictures, engine.epoch + 1)
 
 
-def learning_rates(optimizer: torch.optim.Optimizer) -> dict[str, float]:
-    """Return the rate of each parameter group: "attention", "gate", and the host's "backbone" and "new", or "all"."""
-    rates = {group["role"]: group["lr"] for group in optimizer.param_groups if "role" in group}
-    host = [group["lr"] for group in optimizer.param_groups if "role" not in group]
-    names = ("backbone", "new") if len(host) == 2 else ("all",)
-    return {**dict(zip(names, host, strict=False)), **rates}
-
-
-def read_metrics(path: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Return the lines of epochs and those of evaluations in a ``metrics.jsonl``, by epoch; a missing file has none.
-
-    If an epoch has several lines, the last one counts: the epoch was trained again after a stop. Incomplete lines are
-    left out.
-    """
-    epochs: dict[int, dict[str, Any]] = {}
-    evaluations: dict[tuple[int, str], dict[str, Any]] = {}
-    if path.is_file():
-        for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
-            try:
-                line = json.loads(text)
-            except (ValueError, RecursionError):
-                continue
-            if not isinstance(line, dict) or not isinstance(line.get("epoch"), int):
-                continue
-            if "dataset" in line:
-                evaluations[line["epoch"], str(line["dataset"])] = line
-            else:
-                epochs[line["epoch"]] = line
-    return [epochs[key] for key in sorted(epochs)], [evaluations[key] for key in sorted(evaluations)]
+def show_embeddings(
+    writer: Any, dataset: str, embeddings: Tensor, identities: np.ndarray, cameras: np.ndarray, epoch: int
+) -> None:
+    """Write embeddings (N, width) to the projector of a TensorBoard writer, at most 1000, in 64 dimensions."""
+    given = embeddings[:_MOST_EMBEDDINGS]
+    # 12288 numbers per query would make files of 100 MB and more; 64 principal directions keep the neighbours.
+    left, size, _ = torch.pca_lowrank(given, q=min(64, *given.shape))
+    labels = [list(map(str, pair)) for pair in zip(identities[: len(given)], cameras[: len(given)], strict=True)]
+    writer.add_embedding(left * size, labels, metadata_header=["identity", "camera"], global_step=epoch, tag=dataset)
+    writer.flush()

@@ -112,7 +112,7 @@ def _plugin_in_place(argv: Sequence[str]) -> Iterator[list[str]]:
         (
             torchreid.utils,
             {
-                "Logger": monitor.Logger,
+                "Logger": monitor.ScriptLogger,
                 "set_random_seed": set_random_seed,
                 "check_isfile": train.check_isfile,
                 "compute_model_complexity": train.compute_model_complexity,

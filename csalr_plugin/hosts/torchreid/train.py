@@ -21,7 +21,8 @@ from csalr_plugin.errors import UserError, first_line, shown
 from csalr_plugin.files import make_writable_folder, remove_unfinished
 from csalr_plugin.hosts import distributed
 from csalr_plugin.hosts.config import recorded_settings
-from csalr_plugin.hosts.folder import is_folder_name
+from csalr_plugin.hosts.folder import file_stem, is_folder_name
+from csalr_plugin.hosts.records import METRICS, differing, evaluation_folder, loader_workers
 from csalr_plugin.hosts.resume import load_optimizer_state, replay_schedule
 from csalr_plugin.hosts.torchreid import register
 from csalr_plugin.hosts.torchreid.config import (
@@ -48,6 +49,7 @@ from csalr_plugin.models.weights import (
     read_checkpoint,
     state_dict_of,
 )
+from csalr_plugin.version import __version__
 
 _build_host_model = torchreid.models.build_model
 
@@ -72,15 +74,25 @@ def train(config: Config) -> dict[str, dict[str, float]]:
             with distributed.together():
                 prepare(config)
             folder = Path(config.data.save_dir)
-            with _alone(config, folder), _logged(folder, "test" if config.test.evaluate else "train"):
+            with _alone(config, folder), _logged(folder, "test" if config.test.evaluate else "train") as log:
+                describe(config, log)
                 return _train(config)
     finally:
         set_active_config(previous)
 
 
+def describe(config: Config, log: Logger) -> None:
+    """Print the versions and the settings that differ from the defaults; write everything to the log file."""
+    log.to_file(f"Configuration\n{config}\n\n{torchreid.utils.collect_env_info()}")
+    print(
+        f"csalr_plugin {__version__}, torchreid {torchreid.__version__}, torch {torch.__version__}, "
+        f"{'GPU' if config.use_gpu else f'CPU, {torch.get_num_threads()} threads'}"
+    )
+    where = f" (all settings and the machine: {log.file.name})" if log.file is not None else ""
+    print(f"Settings that differ from torchreid's defaults{where}:\n{differing(config.leaves(), config.defaults)}")
+
+
 def _train(config: Config) -> dict[str, dict[str, float]]:
-    print(f"Configuration\n{config}\n")
-    print(torchreid.utils.collect_env_info())
     torchreid.utils.set_random_seed(config.train.seed)
     datamanager = distributed.one_first(lambda: build_datamanager(config))
     model = distributed.one_first(lambda: build_network(config, datamanager.num_train_pids))
@@ -326,7 +338,7 @@ def prepare(config: Config) -> None:
     if config.model.resume:
         take_settings(config)
         config.validate()
-    root, folder = Path(config.data.root).expanduser(), Path(config.data.save_dir).expanduser()
+    root, folder = Path(config.data.root).expanduser(), _choose_folder(config)
     of_host = next((name for name in (*config.data.sources, *config.data.targets) if not is_folder_name(name)), None)
     if of_host is not None and not root.is_dir():
         raise UserError(
@@ -341,11 +353,34 @@ def prepare(config: Config) -> None:
         )
     if not config.test.evaluate:
         _check_shares(config, processes)
+    config.data.workers = loader_workers(
+        config.data.workers,
+        "data.workers",
+        "data.workers" in config.given,
+        distributed.local_world_size(),
+        print if distributed.is_main() else lambda _: None,
+    )
     if not distributed.is_main():  # the first process alone writes
         return
     make_writable_folder(folder, f"data.save_dir {config.data.save_dir!r}")
     if not config.test.evaluate and not config.csalr.overwrite:
         _refuse_to_overwrite(config, folder)
+
+
+def _choose_folder(config: Config) -> Path:
+    """Set and return `data.save_dir`: by default it names model, data set and seed.
+
+    An evaluation gets a subfolder of a training's folder.
+    """
+    name = config.data.save_dir
+    if "data.save_dir" not in config.given and name == config.defaults["data.save_dir"]:
+        sources = "+".join(map(file_stem, config.data.sources))
+        name = os.path.join(name, f"{config.model.name}_{sources}_seed{config.train.seed}")
+    folder = Path(name).expanduser()
+    if config.test.evaluate:
+        folder = evaluation_folder(folder, METRICS, "model")
+    config.data.save_dir = str(folder)
+    return folder
 
 
 def _check_shares(config: Config, processes: int) -> None:
@@ -413,11 +448,9 @@ def _alone(config: Config, folder: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _logged(folder: Path, name: str) -> Iterator[None]:
+def _logged(folder: Path, name: str) -> Iterator[Logger]:
     """Write everything that is printed to a log file in `folder` too, as the host's train script does."""
-    if not distributed.is_main():
-        yield
-        return
-    logger = Logger(folder / f"{name}.log-{time.strftime('%Y-%m-%d-%H-%M-%S')}")
+    path = folder / f"{name}.log-{time.strftime('%Y-%m-%d-%H-%M-%S')}" if distributed.is_main() else None
+    logger = Logger(path)
     with contextlib.closing(logger), contextlib.redirect_stdout(logger):  # type: ignore[type-var]
-        yield
+        yield logger
