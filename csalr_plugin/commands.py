@@ -11,6 +11,7 @@ from functools import partial
 from csalr_plugin.command_line import (
     Parser,
     argument,
+    batch_argument,
     ctrl_c_ends_at_once,
     exit_code,
     path_argument,
@@ -28,6 +29,7 @@ _EPILOG = """commands:
   run             run an unmodified train script of torchreid or fast-reid with the plugin loaded
   models          list the models with their cost, and the default settings
   demo            make a small data set, train pcb_csalr on it, show the accuracy before and after
+  export          export a trained model to ONNX, OpenVINO, TorchScript or torch.export, with proof of parity
   bench           measure the cost of the models side by side
   reproduce       reproduce the paper's tables and figures, with our numbers beside the paper's
   attention-maps  draw full attention maps beside those of CSALR's factors (Figure 4)
@@ -185,6 +187,89 @@ def _demo(argv: Sequence[str]) -> None:
         run_demo(given.out, given.seed, given.host)
 
 
+def _export(argv: Sequence[str]) -> None:
+    with ctrl_c_ends_at_once():
+        from csalr_plugin.export import DEFAULT_OPSET, FORMATS, OPSETS, PIXELS, Interface, export, import_packages
+        from csalr_plugin.hosts.trained import load_trained
+    parser = Parser(
+        prog="csalr export",
+        usage="csalr export --weights FILE --output FILE [--include FORMAT ...] [FLAG ...] [KEY VALUE ...]",
+        description="Export a trained model, and compare each written file with it for batches of 1, 3 and 5 images. "
+        "The comparison is printed and written to OUTPUT.json; a file that differs is not kept.",
+        epilog="KEY VALUE: a config key of the host, as for 'csalr train', for a setting that the checkpoint does not "
+        "record.\n\nexample:\n  csalr export --weights log/pcb_csalr/model/model.pth.tar-100 --include onnx pt2 \\\n"
+        "    --output pcb_csalr.onnx",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add, side, file = parser.add_argument, side_argument, path_argument
+    add("--weights", type=file, required=True, metavar="FILE", help="checkpoint of torchreid or fast-reid")
+    add("--output", type=file, required=True, metavar="FILE", help="each format has its own suffix")
+    add("--include", nargs="+", choices=tuple(FORMATS), default=["onnx"], help="formats (onnx)", metavar="FORMAT")
+    add("--imgsz", nargs=2, type=side, metavar=("HEIGHT", "WIDTH"), help="image size (that of the checkpoint)")
+    add("--dynamic", action=argparse.BooleanOptionalAction, default=True, help="any number of images in a batch")
+    add("--batch-size", type=batch_argument, default=1, metavar="N", help="images in a batch with --no-dynamic (1)")
+    add("--half", action="store_true", help="backbone in fp16; input, output and attention blocks stay fp32")
+    opset = argument(integer(*OPSETS))
+    add("--opset", type=opset, default=DEFAULT_OPSET, metavar="N", help=f"ONNX opset ({DEFAULT_OPSET})")
+    add("--simplify", action="store_true", help="simplify the ONNX graph with onnxslim")
+    pixels = "input: normalised float32, or uint8 from 0 to 255 (torchreid: normalised; fast-reid: 0-255)"
+    add("--pixels", choices=PIXELS, help=pixels)
+    add("--model", default="", metavar="NAME", help="name of the model (that of the checkpoint)")
+    add("--config-file", default="", metavar="FILE", help="config file of the host")
+    add("overrides", nargs="*", help=argparse.SUPPRESS)
+    given = parser.parse_intermixed_args(_formats_last(argv))
+
+    with needs("export", "csalr export"):
+        formats = list(dict.fromkeys(given.include))
+        import_packages(formats, given.simplify)
+        trained = load_trained(
+            given.weights,
+            model=given.model,
+            config_file=given.config_file,
+            overrides=given.overrides,
+            user="csalr export",
+        )
+        size = tuple(given.imgsz) if given.imgsz else trained.size
+        if size is None:
+            raise UserError(f"Checkpoint '{given.weights}' does not record its image size; give --imgsz HEIGHT WIDTH.")
+        print(f"{given.weights}: {trained.model}, {trained.tensors} tensors")
+        if trained.size not in (None, size):
+            print("trained on images of {}x{}, exported for {}x{}".format(*trained.size, *size))
+        interface = Interface(
+            trained.model,
+            height=size[0],
+            width=size[1],
+            pixels=given.pixels or ("0-255" if trained.host == "fastreid" else "normalised"),
+            mean=trained.mean,
+            std=trained.std,
+            half=given.half,
+            batch=None if given.dynamic else given.batch_size,
+            origin={"framework": trained.host, "weights_sha256": trained.sha256},
+        )
+        result = export(trained.network, interface, given.output, formats, opset=given.opset, simplify=given.simplify)
+    print(
+        f"input: {interface.input_in_words()}\noutput: output [{interface.batch or 'batch'}, {result['embedding']}]\n"
+    )
+    columns = ("file", "MB", "runtime", "largest difference", "smallest cosine")
+    rows = []
+    for one in result["files"].values():
+        parity = f"{one['largest_difference']:.1e}", f"{one['smallest_cosine']:.7f}"
+        rows.append((one["path"], f"{one['bytes'] / 1e6:.1f}", one["runtime"], *parity))
+    print(_columns(columns, rows, "<><>>"))
+
+
+def _formats_last(argv: Sequence[str]) -> list[str]:
+    """Move ``--include`` and its formats to the end; argparse would take a key that follows them for a format."""
+    words: list[str] = []
+    formats: list[str] = []
+    into = False
+    for word in argv:
+        into = word == "--include" or (into and not word.startswith("-") and "." not in word)
+        (formats if into else words).append(word)
+    return words + formats
+
+
 _STUDIES = {
     "cost": "Table 5 of the paper and alternatives: memory, speed, operations",
     "scale": "time and memory of one block against the number of positions",
@@ -239,6 +324,7 @@ _COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "run": _run,
     "models": _models,
     "demo": _demo,
+    "export": _export,
     "bench": _bench,
     "reproduce": partial(_paper, "study", "reproduce"),
     "attention-maps": partial(_paper, "attention_maps", "attention-maps"),

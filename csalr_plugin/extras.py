@@ -14,7 +14,7 @@ MODULES = {
     "torchreid": f"torchreid {_EITHER_HOST} filelock six".split(),
     "fastreid": f"fastreid {_EITHER_HOST} termcolor faiss sklearn".split(),
     "bench": ["tabulate", "tqdm", "matplotlib", "nystrom_attention"],
-    "export": ["onnx", "onnxruntime", "onnxscript"],
+    "export": ["onnx", "onnxruntime", "onnxscript", "openvino", "onnxslim"],
 }
 
 

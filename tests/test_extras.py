@@ -61,6 +61,7 @@ COMMANDS = {
     "bench cost --out out": "csalr bench cost needs tabulate: pip install 'csalr-plugin[bench]'",
     "bench scale --out out": "csalr bench scale needs tabulate: pip install 'csalr-plugin[bench]'",
     "bench zoo --out out": "csalr bench zoo needs tabulate: pip install 'csalr-plugin[bench]'",
+    "export --weights w.pth --output out/m.onnx": "csalr export needs onnx: pip install 'csalr-plugin[export]'",
     "reproduce all --out out": "csalr reproduce needs torchreid: pip install 'csalr-plugin[torchreid]'",
     "attention-maps --out out": "csalr attention-maps needs torchreid: pip install 'csalr-plugin[torchreid]'",
 }

@@ -19,6 +19,7 @@ from .numerics import (
     autocast_enabled,
     full_range,
     functorch_is_active,
+    is_captured,
     is_plain_convolution,
     saturate,
     softmax_attention,
@@ -134,7 +135,7 @@ class AttentionBlock(nn.Module, ABC):
         ``S (X W + 1 b^T) = (S X) W + 1 b^T`` is exact, and here it multiplies less. A replaced or hooked `value` acts
         on positions, and so does one in an exported or traced program, where n may be a symbol.
         """
-        if _is_captured() or not is_plain_convolution(self.value):
+        if is_captured() or not is_plain_convolution(self.value):
             return False
         return self.groups * m * n + m * self.channels <= n * self.channels + m * n
 
@@ -238,12 +239,7 @@ def start_with_unit_logits(norm: nn.Module, width: int) -> None:
     nn.init.constant_(norm.weight, width**-0.25)
 
 
-def _is_captured() -> bool:
-    """Whether torch.export or torch.jit.trace records the operations."""
-    return torch.compiler.is_exporting() or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
-
-
 def _recomputation_is_possible() -> bool:
-    if not torch.is_grad_enabled() or _is_captured():
+    if not torch.is_grad_enabled() or is_captured():
         return False
     return torch.compiler.is_compiling() or not functorch_is_active()

@@ -42,6 +42,11 @@ def no_autocast(x: Tensor) -> AbstractContextManager[None]:
     return torch.autocast(x.device.type, enabled=False) if autocast_enabled(x) else nullcontext()
 
 
+def is_captured() -> bool:
+    """Whether torch.export or torch.jit.trace records the operations."""
+    return torch.compiler.is_exporting() or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+
+
 def functorch_is_active() -> bool:
     """Whether a transform of torch.func (vmap, grad, jvp, ...) is running."""
     return torch._C._functorch.peek_interpreter_stack() is not None
@@ -126,9 +131,10 @@ def raise_diagonal(S_mm: Tensor, floor: float) -> Tensor:
         S_mm: (..., m, m), rows sum to 1.
         floor: smallest S_ii, from 0 (the published formula) to below 1.
     """
-    own = S_mm.diagonal(dim1=-2, dim2=-1)[..., None]  # ..., m, 1
+    identity = torch.eye(S_mm.shape[-1], dtype=S_mm.dtype, device=S_mm.device)
+    own = (S_mm * identity).sum(-1, keepdim=True)  # S_ii: ..., m, 1
     share = (floor - own).clamp(min=0) / (1 - own.clamp(max=floor))  # of the row, given to the landmark itself
-    return S_mm * (1 - share) + torch.diag_embed((1 + share).squeeze(-1))
+    return S_mm * (1 - share) + identity * (1 + share)
 
 
 def inverse_of_dominant(A: Tensor, floor: float) -> Tensor:

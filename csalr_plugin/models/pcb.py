@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from csalr_plugin.attention import AttentionBlock, build_attention
+from csalr_plugin.attention.numerics import is_captured
 from csalr_plugin.errors import UserError
 from csalr_plugin.models import STAGE_CHANNELS
 from csalr_plugin.models.weights import record_network_settings
@@ -156,6 +157,9 @@ class PCB(nn.Module):
 
     def pool_parts(self, features: Tensor) -> Tensor:
         """Return the part features, the means over horizontal stripes: (B, 2048, H, W) -> (B, 2048, parts, 1)."""
+        if is_captured():  # ONNX has no adaptive pooling, so the stripes are a product with a constant matrix
+            stripes = F.adaptive_avg_pool1d(torch.eye(int(features.shape[2])), self.parts)  # H, parts
+            return (features.mean(3) @ stripes.to(features))[..., None]
         return F.adaptive_avg_pool2d(features, (self.parts, 1))
 
     def forward(self, x: Tensor, return_featuremaps: bool = False) -> Any:

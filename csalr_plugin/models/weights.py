@@ -115,6 +115,11 @@ def record_network_settings(model: nn.Module, settings: Mapping[str, Any]) -> No
     model.register_load_state_dict_pre_hook(_compare)  # type: ignore[no-untyped-call]
 
 
+def has_network_settings(model: nn.Module) -> bool:
+    """Whether the state dicts of `model` record network settings."""
+    return _NETWORK in vars(model)
+
+
 def _record(model: nn.Module, _state: Any, _prefix: str, metadata: dict[str, Any]) -> None:
     metadata[_NETWORK] = dict(vars(model)[_NETWORK])
 
@@ -424,7 +429,7 @@ def load_state(model: nn.Module, given: Mapping[str, Tensor], path: str | Path) 
     return LoadReport(
         tuple(fits),
         tuple(left),
-        unknown_settings=trained_attention and _NETWORK in vars(model) and recorded_network_settings(given) is None,
+        unknown_settings=trained_attention and has_network_settings(model) and recorded_network_settings(given) is None,
     )
 
 

@@ -144,12 +144,8 @@ def validate(cfg: CfgNode) -> None:
         UserError: for the first setting that is not allowed.
     """
     ours = cfg.CSALR
-    keys.check_groups(ours.GROUPS, ours.KEY_RATIO, tuple(ours.STAGES), node="CSALR")
-    _check_name("MODEL.META_ARCHITECTURE", cfg.MODEL.META_ARCHITECTURE, META_ARCH_REGISTRY)
+    check_network(cfg)
     of_plugin = is_plugin_model(cfg.MODEL.META_ARCHITECTURE)
-    if not of_plugin:
-        _check_name("MODEL.BACKBONE.NAME", cfg.MODEL.BACKBONE.NAME, BACKBONE_REGISTRY)
-        _check_name("MODEL.HEADS.NAME", cfg.MODEL.HEADS.NAME, REID_HEADS_REGISTRY)
     if cfg.TEST.PRECISE_BN.ENABLED and not is_folder_name(cfg.TEST.PRECISE_BN.DATASET):
         _check_name("TEST.PRECISE_BN.DATASET", cfg.TEST.PRECISE_BN.DATASET, DATASET_REGISTRY, "folder:PATH")
     for key in ("SIZE_TRAIN", "SIZE_TEST"):
@@ -195,6 +191,20 @@ def validate(cfg: CfgNode) -> None:
             f"dataset root '{root}' is not a folder: set the environment variable FASTREID_DATASETS to the folder that "
             f"holds {of_host}, or give other data with DATASETS.NAMES and DATASETS.TESTS."
         )
+
+
+def check_network(cfg: CfgNode) -> None:
+    """Check the groups, and the names of the network's parts against fast-reid's registries.
+
+    Raises:
+        UserError: for the first setting that is not allowed.
+    """
+    ours = cfg.CSALR
+    keys.check_groups(ours.GROUPS, ours.KEY_RATIO, tuple(ours.STAGES), node="CSALR")
+    _check_name("MODEL.META_ARCHITECTURE", cfg.MODEL.META_ARCHITECTURE, META_ARCH_REGISTRY)
+    if not is_plugin_model(cfg.MODEL.META_ARCHITECTURE):
+        _check_name("MODEL.BACKBONE.NAME", cfg.MODEL.BACKBONE.NAME, BACKBONE_REGISTRY)
+        _check_name("MODEL.HEADS.NAME", cfg.MODEL.HEADS.NAME, REID_HEADS_REGISTRY)
 
 
 def _check_optimizer(cfg: CfgNode) -> None:

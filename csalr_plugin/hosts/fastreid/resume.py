@@ -85,7 +85,7 @@ def take_settings(cfg: Config) -> list[str]:
     fresh = get_cfg()
     add_csalr_config(fresh)
     before = fresh.leaves()
-    names = [key for key in cfg.leaves() if key in before and key not in _OF_THE_RUN]
+    names = [key for key in training_keys(cfg) if key in before]
     frozen = cfg.is_frozen()
     cfg.defrost()
     lines = cfg.take_over(settings, names, before, f"Checkpoint {path!r}")
@@ -120,7 +120,12 @@ def last_checkpoint(folder: str) -> str:
 
 def training_settings(cfg: Config) -> dict[str, Any]:
     """Return the settings that a checkpoint records, ``{dotted key: value}``."""
-    return recordable({key: value for key, value in cfg.leaves().items() if key not in _OF_THE_RUN})
+    return recordable({key: cfg.lookup(key) for key in training_keys(cfg)})
+
+
+def training_keys(cfg: Config) -> list[str]:
+    """Return the settings that a checkpoint records."""
+    return [key for key in cfg.leaves() if key not in _OF_THE_RUN]
 
 
 def load_training(trainer: Any, path: str) -> None:

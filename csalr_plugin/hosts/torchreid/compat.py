@@ -5,6 +5,7 @@ Numbers are those of issues of KaiyangZhou/deep-person-reid.
 
 from __future__ import annotations
 
+import os
 import sys
 from collections import Counter
 from collections.abc import Callable
@@ -20,7 +21,9 @@ from csalr_plugin.hosts.folder import is_folder_name, read_folder_data
 from csalr_plugin.hosts.images import read_image
 from csalr_plugin.hosts.script import replaced
 from csalr_plugin.hosts.torchreid import host
-from csalr_plugin.models.weights import read_checkpoint
+from csalr_plugin.hosts.trained import TrainedSettings
+from csalr_plugin.hosts.training import unwrapped
+from csalr_plugin.models.weights import has_network_settings, load_weights, read_checkpoint
 
 
 def apply() -> None:
@@ -33,6 +36,8 @@ def apply() -> None:
     for mend in (
         alias_modules,
         read_weights_only,
+        load_whole_networks,
+        extract_as_trained,
         read_every_image_mode,
         draw_every_image_mode,
         read_file_names,
@@ -74,6 +79,72 @@ def load_checkpoint(fpath: str) -> dict[str, Any]:
         UserError: the file is missing, damaged, or its pickle would run code.
     """
     return read_checkpoint(fpath)
+
+
+def load_whole_networks(torchreid: ModuleType) -> None:
+    """Load weights into the plugin's networks completely, or raise an error.
+
+    torchreid ignores tensors that do not fit, and settings that do not show in the shapes: it loads the weights of 4
+    groups into a network of 2.
+    """
+    host_load = torchreid.utils.load_pretrained_weights
+    if _is_ours(host_load):
+        return
+
+    def load_pretrained_weights(model: Any, weight_path: str) -> None:
+        network = unwrapped(model)
+        if not has_network_settings(network):
+            host_load(model, weight_path)
+            return
+        print(f"{weight_path}: {load_weights(network, weight_path)}")
+
+    extractor = sys.modules[torchreid.utils.FeatureExtractor.__module__]
+    _replace(load_pretrained_weights, torchreid.utils.torchtools, torchreid.utils, extractor)
+
+
+def extract_as_trained(torchreid: ModuleType) -> None:
+    """Let `FeatureExtractor` build the network of a checkpoint with the settings that the checkpoint records.
+
+    These are the name and the options of the network, the image size and the normalisation. Arguments that are given
+    count first. torchreid builds the network with default options, and resizes to 256x128.
+    """
+    extractor = torchreid.utils.FeatureExtractor
+    host_init = extractor.__init__
+    if _is_ours(host_init):
+        return
+
+    def init(
+        self: Any,
+        model_name: str = "",
+        model_path: str = "",
+        image_size: Any = None,
+        pixel_mean: Any = None,
+        pixel_std: Any = None,
+        pixel_norm: bool = True,
+        device: str = "cuda",
+        verbose: bool = True,
+    ) -> None:
+        from csalr_plugin.hosts.torchreid.config import active_config, set_active_config
+        from csalr_plugin.hosts.torchreid.trained import read_config
+
+        arguments: dict[str, Any] = {"image_size": image_size, "pixel_mean": pixel_mean, "pixel_std": pixel_std}
+        config = active_config()
+        if model_path and os.path.isfile(os.path.expanduser(model_path)):
+            settings = TrainedSettings(model_path)
+            model_name = settings.model(model_name)
+            mean, std = settings.normalisation()
+            recorded = {"image_size": settings.size(), "pixel_mean": mean, "pixel_std": std}
+            arguments = {name: recorded[name] if one is None else one for name, one in arguments.items()}
+            config = read_config(settings.recorded, "", (), settings.source)
+            config.csalr.update(settings.options())
+        arguments = {name: one for name, one in arguments.items() if one is not None}
+        previous = set_active_config(config)
+        try:
+            host_init(self, model_name, model_path, pixel_norm=pixel_norm, device=device, verbose=verbose, **arguments)
+        finally:
+            set_active_config(previous)
+
+    extractor.__init__ = init
 
 
 def read_every_image_mode(torchreid: ModuleType) -> None:

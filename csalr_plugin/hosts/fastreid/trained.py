@@ -1,0 +1,51 @@
+"""Meta-architectures of fast-reid for trained weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from fastreid.config import get_cfg
+from fastreid.modeling import build_model
+from torch import nn
+
+from csalr_plugin.hosts.fastreid.config import Config, add_csalr_config, check_network
+from csalr_plugin.hosts.fastreid.resume import training_keys
+
+
+def read_config(recorded: Mapping[str, Any], config_file: str, overrides: Sequence[str], source: str) -> Config:
+    """Return fast-reid's settings: those of the overrides, else of the file, else of the checkpoint, else the defaults.
+
+    Args:
+        recorded: settings of the checkpoint, ``{dotted key: value}``.
+        config_file: a .yml file, or empty.
+        overrides: pairs ``[key, value, ...]``.
+        source: the checkpoint's name, for messages.
+
+    Raises:
+        UserError: a key is unknown, or a value is not allowed.
+    """
+    cfg = get_cfg()
+    add_csalr_config(cfg)
+    defaults = cfg.leaves()
+    if config_file:
+        cfg.merge_from_file(config_file)
+    cfg.merge_from_list(overrides)
+    cfg.take_over(recorded, training_keys(cfg), defaults, source)
+    return cfg
+
+
+def build_network(name: str, cfg: Config, num_classes: int) -> nn.Module:
+    """Build the meta-architecture `name` without pretrained weights. It takes normalised images.
+
+    Raises:
+        UserError: fast-reid has no such meta-architecture, or a setting is not allowed.
+    """
+    cfg.merge_from_list(["MODEL.META_ARCHITECTURE", name, "MODEL.HEADS.NUM_CLASSES", num_classes])
+    cfg.merge_from_list(["MODEL.DEVICE", "cpu", "MODEL.WEIGHTS", "", "MODEL.BACKBONE.PRETRAIN", False])
+    check_network(cfg)
+    network: Any = build_model(cfg)
+    network.pixel_mean.zero_()  # the file normalises, or its user does
+    network.pixel_std.fill_(1)
+    assert isinstance(network, nn.Module)
+    return network
