@@ -13,14 +13,26 @@ from pathlib import Path
 
 import pytest
 import torch
+from reference import DEVICE
 
 torch.set_num_threads(1)
+if DEVICE.type != "cpu":
+    torch.set_default_device(DEVICE)
+    torch.backends.cudnn.allow_tf32 = False  # tolerances are those of float32
 # A shell ignores SIGINT in background jobs, and processes that the tests start would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 for repository in filter(None, map(os.environ.get, ("TORCHREID_REPO", "FASTREID_REPO"))):
     sys.path.insert(0, repository)
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (repository, os.environ.get("PYTHONPATH"))))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """On another device, skip the tests of the compiled passes, and those that a default device disturbs."""
+    if DEVICE.type != "cpu":
+        for item in items:
+            if item.get_closest_marker("on_cpu"):
+                item.add_marker(pytest.mark.skip(reason="for a CPU"))
 
 
 @pytest.fixture(scope="session")

@@ -6,6 +6,7 @@ x (B, C, H, W), and returns a NumPy array of the same shape: the attention outpu
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import numpy as np
@@ -14,6 +15,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 Array = NDArray[np.float64]
+# CSALR_TEST_DEVICE=cuda runs the tests of blocks and models on a GPU.
+DEVICE = torch.device(os.environ.get("CSALR_TEST_DEVICE", "cpu"))
 
 
 def attend(name: str, block: nn.Module, x: Tensor, *, groups: int = 1, landmarks: tuple[int, int] = (12, 8)) -> Array:

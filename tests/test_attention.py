@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from csalr_plugin.attention import ATTENTION_NAMES, AttentionBlock, LandmarkGrid, build_attention
+from csalr_plugin.attention.numerics import inverse_by_products, raise_diagonal
 from csalr_plugin.errors import UserError
 
 CHANNELS = 64
@@ -23,7 +24,6 @@ SIZES = [(24, 8), (12, 4), (13, 7), (5, 3), (1, 1)]  # the last two are smaller 
 NAMES_AND_GROUPS = [("sa", 1), *((name, groups) for name in ("csa", "csalr") for groups in (1, 2, 4, 8))]
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
 HALF = [torch.bfloat16, torch.float16]
-CPU = torch.device("cpu")
 
 
 def fresh(
@@ -50,7 +50,7 @@ def trained(name: str, groups: int = 2, landmarks: tuple[int, int] = GRID, **opt
 
 def feature_map(height: int, width: int, batch: int = 2, channels: int = CHANNELS, seed: int = 1) -> Tensor:
     """Random features in float64."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(reference.DEVICE).manual_seed(seed)
     return torch.randn(batch, channels, height, width, dtype=torch.float64, generator=generator)
 
 
@@ -59,12 +59,12 @@ def relative_error(got: Tensor, wanted: reference.Array) -> float:
 
 
 def autocast(dtype: torch.dtype | None) -> contextlib.AbstractContextManager[Any]:
-    return torch.autocast("cpu", dtype=dtype) if dtype else contextlib.nullcontext()
+    return torch.autocast(reference.DEVICE.type, dtype=dtype) if dtype else contextlib.nullcontext()
 
 
 def backward(output: Tensor, dtype: torch.dtype | None) -> None:
     """Gradients of a random projection of the output; under fp16 with the scale that a gradient scaler finds."""
-    generator = torch.Generator().manual_seed(2)
+    generator = torch.Generator(reference.DEVICE).manual_seed(2)
     probe = torch.randn(output.shape, generator=generator)
     (output.float() * probe).sum().mul(2.0**-16 if dtype is torch.float16 else 1.0).backward()
 
@@ -256,6 +256,7 @@ def test_supervised_is_the_block_and_the_mean_of_stage_output_times_attention(
         torch.testing.assert_close(pooled, (x * block.attend(x)).mean((2, 3)), rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.on_cpu
 @pytest.mark.usefixtures("either_form")
 def test_gradients_of_csalr_pass_gradcheck_where_self_attention_is_raised_to_its_floor() -> None:
     block = trained("csalr", groups=1, landmarks=(2, 2), channels=16).fold()
@@ -313,6 +314,7 @@ def test_double_gives_float64_throughout(name: str) -> None:
     assert x.grad is not None and x.grad.dtype is torch.float64
 
 
+@pytest.mark.on_cpu
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 @pytest.mark.parametrize("name", ATTENTION_NAMES)
 def test_torch_compile_takes_the_whole_block_without_graph_breaks(name: str, backend: str) -> None:
@@ -536,7 +538,7 @@ def test_landmarks_are_average_pooling_where_the_grid_divides_the_map(
     size: tuple[int, int], landmarks: tuple[int, int]
 ) -> None:
     x = feature_map(*size, channels=5)
-    pooled = LandmarkGrid(*size, landmarks, CPU).pool(x.flatten(2))
+    pooled = LandmarkGrid(*size, landmarks, reference.DEVICE).pool(x.flatten(2))
     kernel = (size[0] // landmarks[0], size[1] // landmarks[1])
     torch.testing.assert_close(pooled, F.avg_pool2d(x, kernel).flatten(2), rtol=1e-13, atol=1e-13)
 
@@ -546,15 +548,15 @@ def test_landmarks_are_average_pooling_where_the_grid_divides_the_map(
 def test_membership_follows_the_floor_rule_and_each_position_has_one_landmark(
     size: tuple[int, int], landmarks: tuple[int, int]
 ) -> None:
-    grid = LandmarkGrid(*size, landmarks, CPU)
+    grid = LandmarkGrid(*size, landmarks, reference.DEVICE)
     P = reference.membership(*size, landmarks)
     got = grid.membership(torch.float64)
     assert grid.m == P.shape[1] == min(size[0], landmarks[0]) * min(size[1], landmarks[1])
-    assert np.array_equal(got.numpy(), P)
+    assert np.array_equal(got.cpu().numpy(), P)
     assert (got.sum(1) == 1).all() and (got.sum(0) >= 1).all()
     x = feature_map(*size, channels=5)
     means = reference.array(x.flatten(2)) @ (P / P.sum(axis=0))
-    np.testing.assert_allclose(grid.pool(x.flatten(2)).numpy(), means, rtol=1e-12, atol=1e-13)
+    np.testing.assert_allclose(grid.pool(x.flatten(2)).cpu().numpy(), means, rtol=1e-12, atol=1e-13)
 
 
 # Refused settings
@@ -661,3 +663,29 @@ def test_rows_of_any_attention_map_sum_to_1_however_sharp(
         wanted = block.fuse(constant) if groups > 1 else constant
     # The solve of CSALR has a condition number of up to 1000.
     assert relative_error(attended, reference.array(wanted.expand_as(attended))) <= 1e-10
+
+
+# The inverse as products
+
+
+def dominant(m: int, scale: float) -> Tensor:
+    """A = S + I in float64, for random S with a diagonal of at least 1e-3."""
+    logits = scale * torch.randn(
+        2, m, m, dtype=torch.float64, generator=torch.Generator(reference.DEVICE).manual_seed(0)
+    )
+    return raise_diagonal(logits.softmax(-1), 1e-3)
+
+
+@pytest.mark.parametrize("scale", [0.1, 1, 10, 100])
+def test_the_inverse_by_products_is_the_inverse_and_has_its_gradients(scale: float) -> None:
+    A = dominant(24, scale)
+    weight = torch.randn(A.shape, dtype=A.dtype, generator=torch.Generator(reference.DEVICE).manual_seed(1))
+    results = []
+    for inverse in (lambda A: inverse_by_products(A, 1e-3), torch.linalg.inv):
+        given = A.clone().requires_grad_()
+        X = inverse(given)
+        (gradient,) = torch.autograd.grad((X * weight).sum(), given, create_graph=True)
+        (second,) = torch.autograd.grad(gradient.square().sum(), given)
+        results.append((X.detach(), gradient.detach(), second))
+    for got, wanted in zip(*results, strict=True):
+        assert float((got - wanted).norm() / wanted.norm()) <= 1e-8

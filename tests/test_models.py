@@ -38,7 +38,7 @@ def sketch(name: str, **options: Any) -> PCB:
 
 
 def images(batch: int = 2, seed: int = 1) -> Tensor:
-    return torch.randn(batch, 3, 96, 48, generator=torch.Generator().manual_seed(seed))
+    return torch.randn(batch, 3, 96, 48, generator=torch.Generator(reference.DEVICE).manual_seed(seed))
 
 
 def embed(model: nn.Module, x: Tensor) -> Tensor:
@@ -270,19 +270,21 @@ def test_refined_part_pooling_equals_six_times_the_mean_of_weight_times_feature(
     model.part_classifier.double()
     nn.init.normal_(model.part_classifier.weight, std=0.05)
     nn.init.normal_(model.part_classifier.bias)
-    features = torch.randn(2, 2048, 5, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
+    features = torch.randn(
+        2, 2048, 5, 3, dtype=torch.float64, generator=torch.Generator(reference.DEVICE).manual_seed(4)
+    )
     with torch.no_grad():
         pooled = model.pool_parts(features)
     assert pooled.shape == (2, 2048, 6, 1)
     wanted = reference.part_features(features, model.part_classifier.weight, model.part_classifier.bias)
-    np.testing.assert_allclose(pooled[..., 0].numpy(), wanted, rtol=1e-10, atol=1e-12)
+    np.testing.assert_allclose(pooled[..., 0].cpu().numpy(), wanted, rtol=1e-10, atol=1e-12)
 
 
 def test_equal_weights_of_all_parts_make_each_part_the_global_mean() -> None:
     model = build("pcb_rpp")
     nn.init.zeros_(model.part_classifier.weight)
     nn.init.zeros_(model.part_classifier.bias)
-    features = torch.randn(2, 2048, 6, 3, generator=torch.Generator().manual_seed(4))
+    features = torch.randn(2, 2048, 6, 3, generator=torch.Generator(reference.DEVICE).manual_seed(4))
     with torch.no_grad():
         pooled = model.pool_parts(features)
     torch.testing.assert_close(pooled, features.mean((2, 3))[..., None, None].expand_as(pooled))
@@ -290,7 +292,7 @@ def test_equal_weights_of_all_parts_make_each_part_the_global_mean() -> None:
 
 def test_refined_pooling_with_stripes_as_weights_equals_pcb() -> None:
     model = build("pcb_rpp")
-    features = torch.randn(2, 2048, 12, 3, generator=torch.Generator().manual_seed(4))
+    features = torch.randn(2, 2048, 12, 3, generator=torch.Generator(reference.DEVICE).manual_seed(4))
     features[:, :6] = 0  # six channels that mark the stripe
     for stripe in range(6):
         features[:, stripe, 2 * stripe : 2 * stripe + 2] = 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import reference
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -60,7 +61,7 @@ def pcb() -> PCB:
 
 
 def random_logits(count: int) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(reference.DEVICE).manual_seed(0)
     return [torch.randn(4, 3, generator=generator) for _ in range(count)]
 
 

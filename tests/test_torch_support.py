@@ -46,7 +46,7 @@ def make(name: str, groups: int = 2, channels: int = 16, dtype: torch.dtype = to
 
 
 def features(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
-    return torch.randn(shape, dtype=dtype, generator=torch.Generator().manual_seed(1))
+    return torch.randn(shape, dtype=dtype, generator=torch.Generator(reference.DEVICE).manual_seed(1))
 
 
 def gradients(block: AttentionBlock, x: Tensor, probe: Tensor | None = None) -> dict[str, Tensor]:
@@ -198,6 +198,7 @@ def test_a_floor_of_zero_is_the_published_formula() -> None:
         assert abs(reference.array(block.attend(x)) - wanted).max() <= 1e-12
 
 
+@pytest.mark.on_cpu
 @pytest.mark.parametrize("name", ["csa", "csalr"])
 def test_a_query_of_another_width_is_an_error_and_no_crash(name: str) -> None:
     block = make(name, 1)
@@ -209,6 +210,7 @@ def test_a_query_of_another_width_is_an_error_and_no_crash(name: str) -> None:
         block(x)
 
 
+@pytest.mark.on_cpu
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("projection", ["query", "key", "value", "fuse"])
 @pytest.mark.parametrize("name", ATTENTION_NAMES)
@@ -266,6 +268,7 @@ def test_an_adapter_around_each_projection_counts_and_gets_gradients(name: str, 
     assert all(parameter.grad is not None for parameter in getattr(block, projection).parameters())
 
 
+@pytest.mark.on_cpu
 def test_deepcopy_and_two_threads_give_the_same_numbers() -> None:
     x = features(2, 16, 24, 8)
     blocks = [make("csalr").train()]
@@ -420,6 +423,7 @@ def test_the_plain_form_passes_gradgradcheck(name: str, groups: int, recompute: 
     assert torch.autograd.gradgradcheck(block.attend, (x,), fast_mode=True)
 
 
+@pytest.mark.on_cpu
 @pytest.mark.parametrize("name", ["csa", "csalr"])
 def test_a_second_derivative_of_the_fast_form_is_an_error_that_names_the_switch(name: str) -> None:
     x = features(2, 16, 8, 6).requires_grad_()
@@ -431,6 +435,7 @@ def test_a_second_derivative_of_the_fast_form_is_an_error_that_names_the_switch(
 # Export, tracing and compilation
 
 
+@pytest.mark.on_cpu
 @pytest.mark.parametrize("dynamic", ["nothing", "batch", "batch and size"])
 @pytest.mark.parametrize(("name", "groups"), CASES)
 def test_an_exported_program_runs_and_equals_the_block(name: str, groups: int, dynamic: str) -> None:
@@ -469,6 +474,7 @@ def onnx_outputs(network: nn.Module, example: Tensor, inputs: list[Tensor], file
     return [torch.from_numpy(session.run(None, {name: one.numpy()})[0]) for one in inputs]
 
 
+@pytest.mark.on_cpu
 @pytest.mark.parametrize(("name", "groups"), CASES)
 def test_an_onnx_block_equals_the_block_for_any_batch(name: str, groups: int, tmp_path: Path) -> None:
     block = make(name, groups, dtype=torch.float32)
@@ -478,6 +484,7 @@ def test_an_onnx_block_equals_the_block_for_any_batch(name: str, groups: int, tm
         torch.testing.assert_close(got, block(x).detach(), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.on_cpu
 def test_the_onnx_optimiser_keeps_the_embeddings_of_pcb_csa(tmp_path: Path) -> None:
     model = build_model("pcb_csa", 3, pretrained=False).eval()
     for block in model.attention.values():
@@ -488,6 +495,7 @@ def test_the_onnx_optimiser_keeps_the_embeddings_of_pcb_csa(tmp_path: Path) -> N
         assert (got - model(images)).abs().max() <= 1e-4
 
 
+@pytest.mark.on_cpu
 @pytest.mark.parametrize(
     ("name", "backend"), [*((name, "aot_eager") for name in ATTENTION_NAMES), ("csalr", "inductor")]
 )
@@ -512,6 +520,7 @@ def test_a_compiled_block_trains_with_the_gradients_of_the_block(name: str, back
 # The switch and the copy
 
 
+@pytest.mark.on_cpu
 def test_the_switch_and_the_variable_turn_the_compiled_passes_off() -> None:
     block, x = make("csalr"), features(2, 16, 8, 6)
     assert takes(block, x) is None
@@ -537,6 +546,7 @@ REASONS: dict[str, tuple[Callable[[AttentionBlock, Tensor], Any], str]] = {
 }
 
 
+@pytest.mark.on_cpu
 @pytest.mark.parametrize("reason", REASONS)
 def test_a_block_says_why_it_does_not_take_the_compiled_passes(reason: str) -> None:
     ask, words = REASONS[reason]

@@ -83,12 +83,6 @@ def softmax(logits: Tensor) -> Tensor:
 def softmax_attention(Q: Tensor, K: Tensor, V: Tensor, landmark_of: Tensor | None = None) -> Tensor:
     """``(softmax(Q K^T) + P) V`` without 1/sqrt(d), as in Eq. 1, 13 and 15; without P if `landmark_of` is None.
 
-    On CUDA this is :func:`torch.nn.functional.scaled_dot_product_attention`. It takes the memory-efficient kernel:
-    flash attention needs V as wide as Q and K, but V is C / groups wide and Q and K are C' / groups wide. (On Hopper,
-    cuDNN's kernel comes first where both are at most 128 wide.) Widths must be multiples of 4 in fp32 and of 8 in half
-    precision, else torch takes its math form. The kernels read rows whose channels are adjacent in memory, hence
-    ``contiguous``. They cannot be differentiated twice; ``torch.nn.attention.sdpa_kernel(SDPBackend.MATH)`` can.
-
     Args:
         Q: (B, groups, rows, d).
         K: (B, groups, columns, d).
@@ -98,16 +92,35 @@ def softmax_attention(Q: Tensor, K: Tensor, V: Tensor, landmark_of: Tensor | Non
     Returns:
         (B, groups, rows, c), in the type of V.
     """
-    if Q.is_cuda and not functorch_is_active():
-        V = V.contiguous().expand(-1, Q.shape[1], -1, -1)
-        attended = F.scaled_dot_product_attention(Q.contiguous(), K.contiguous(), V, scale=1.0)
-        return attended if landmark_of is None else attended + V.index_select(2, landmark_of)
     S = softmax(Q @ K.mT)  # B, groups, rows, columns
     if landmark_of is not None:
         S = S + (landmark_of[:, None] == torch.arange(K.shape[2], device=K.device))
     if V.shape[1] == 1:  # one product, without a copy of V for each group
         return (S.flatten(1, 2) @ V[:, 0]).unflatten(1, S.shape[1:3])  # type: ignore[no-untyped-call]
     return (V.mT @ S.mT).mT  # as in x, the positions of a channel are adjacent in memory
+
+
+def self_attention(Q: Tensor, K: Tensor, V: Tensor) -> Tensor:
+    """:func:`softmax_attention` without the n x n map in memory on CUDA, by torch's scaled_dot_product_attention.
+
+    It takes the memory-efficient kernel, since flash attention needs V as wide as Q and K. (On Hopper, cuDNN's kernel
+    comes first where both are at most 128 wide.) In other than multiples of 4 channels in fp32 or 8 in half precision,
+    torch takes its math form. The kernels cannot be differentiated twice;
+    ``torch.nn.attention.sdpa_kernel(SDPBackend.MATH)`` can.
+    """
+    if not Q.is_cuda or functorch_is_active():
+        return softmax_attention(Q, K, V)
+    # The backward pass recomputes the map as exp(logit - log sum exp), which overflows where fp32 rounds logits by more
+    # than 88. Beyond 2^20 the softmax is a hard maximum in any precision.
+    largest = [one.detach().abs().amax(dim=(1, 2, 3), keepdim=True).float() for one in (Q, K)]  # B, 1, 1, 1
+    factor = (2.0**20 / (Q.shape[-1] * largest[0] * largest[1])).clamp(max=1)
+    rows, columns, values = (_in_standard_strides(one) for one in (Q * factor.to(Q.dtype), K, V))
+    return F.scaled_dot_product_attention(rows, columns, values, scale=1.0)
+
+
+def _in_standard_strides(x: Tensor) -> Tensor:
+    """x in contiguous memory. A dimension of size 1 gets the stride that kernels check, which `contiguous` leaves."""
+    return x.contiguous().flatten().view(x.shape)
 
 
 def limit_logits(Q: Tensor, K: Tensor) -> tuple[Tensor, Tensor]:
@@ -142,13 +155,14 @@ def inverse_of_dominant(A: Tensor, floor: float) -> Tensor:
 
     Split into blocks down to 32 rows: the Schur complement of a diagonally dominant matrix is dominant, so no pivoting
     across blocks is needed. This is three times as fast as LAPACK for many 96 x 96 matrices on a CPU, and torch's
-    batched LU is wrong beyond 150 rows after torch.set_num_threads(2) (pytorch issue 142815). Exported programs take
-    matrix products alone, since ONNX has no inverse and the blocks would depend on m.
+    batched LU is wrong beyond 150 rows after torch.set_num_threads(2) (pytorch issue 142815). A GPU multiplies matrices
+    sooner than it factorises them, and exported programs take matrix products alone, since ONNX has no inverse and the
+    blocks would depend on m: see :func:`inverse_by_products`.
     """
-    if torch.compiler.is_exporting() or torch.onnx.is_in_onnx_export():
+    if torch.compiler.is_exporting() or torch.onnx.is_in_onnx_export() or _products_are_faster(A, floor):
         return inverse_by_products(A, floor)
     m = A.shape[-1]
-    if m <= 32:
+    if m <= 32 or A.is_cuda:
         return torch.linalg.inv_ex(A)[0]  # _ex: checking for singularity would synchronise with the GPU
     half = m // 2
     B, C = A[..., :half, half:], A[..., half:, :half]
@@ -160,16 +174,28 @@ def inverse_of_dominant(A: Tensor, floor: float) -> Tensor:
     return torch.cat([upper_rows, torch.cat([-lower, S_inverse], -1)], -2)
 
 
+def _products_are_faster(A: Tensor, floor: float) -> bool:
+    """On CUDA, unless products would round fp32 to TF32, or no floor bounds the number of iterations."""
+    if not A.is_cuda or floor == 0:
+        return False
+    return A.dtype is torch.float64 or not torch.backends.cuda.matmul.allow_tf32
+
+
 def inverse_by_products(A: Tensor, floor: float) -> Tensor:
     """Newton-Schulz: X <- X (2 I - A X) from X = I / 2, for the A of :func:`inverse_of_dominant`.
 
     Rows of A sum to 2, so the residual I - A X starts as (I - S) / 2, whose powers shrink by 1 - `floor` at least, and
     each iteration squares it. 15 iterations reach 1e-7 with a floor of 1e-3. A floor of 0 has no such bound; it is
     treated as 1e-3.
+
+    Gradients flow through the last two iterations alone. From X0 = A0^-1, held constant, k iterations agree with A^-1
+    near A0 up to an error of order 2^k in A - A0, so first, second and third derivatives are exact.
     """
     digits = -math.log(torch.finfo(A.dtype).eps)
-    identity = torch.eye(A.shape[-1], dtype=A.dtype, device=A.device)
-    X = (identity / 2).expand_as(A)
-    for _ in range(math.ceil(math.log2(digits / (floor or 1e-3))) + 1):
-        X = X @ (2 * identity - A @ X)
+    iterations = math.ceil(math.log2(digits / (floor or 1e-3))) + 1
+    twice = 2 * torch.eye(A.shape[-1], dtype=A.dtype, device=A.device)
+    X = (twice / 4).expand_as(A)
+    for k in range(iterations):
+        A_k = A if k >= iterations - 2 else A.detach()
+        X = X @ (twice - A_k @ X)
     return X

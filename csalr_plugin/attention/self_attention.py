@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from .batch_norm import Statistics
 from .block import AttentionBlock, start_with_unit_logits
-from .numerics import limit_logits, no_autocast, softmax_attention
+from .numerics import limit_logits, no_autocast, self_attention
 
 
 class SelfAttention(AttentionBlock):
@@ -28,7 +28,7 @@ class SelfAttention(AttentionBlock):
         """A V of Eq. 1-2: (B, C, H, W) -> (B, 1, n, C)."""
         Q, K, V = (self.project(name, x, statistics).mT for name in ("query", "key", "value"))  # B, 1, n, C' or C
         with no_autocast(x):
-            return softmax_attention(*limit_logits(Q, K), V)
+            return self_attention(*limit_logits(Q, K), V)
 
     def diagnose(self, x: Tensor) -> dict[str, float]:
         """The largest dot product of a query and a key over x, (B, C, H, W)."""

@@ -48,6 +48,7 @@ from .harness import (
 )
 
 NUM_CLASSES = 751  # as Market-1501 has
+AMP_DTYPES: Mapping[str, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -117,6 +118,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch-size", type=batch_argument, metavar="N", help="images, at least 2 (8; quick 2)")
     gate = argument(number(-10, 10))
     parser.add_argument("--gate", type=gate, default=0.1, metavar="ALPHA", help="value of every alpha (0.1)")
+    parser.add_argument("--amp", choices=sorted(AMP_DTYPES), metavar="DTYPE", help="autocast to bf16 or fp16 (fp32)")
+    parser.add_argument("--channels-last", action="store_true", help="networks and images in channels_last memory")
+    parser.add_argument("--compile", action="store_true", help="networks through torch.compile")
     parser.add_argument(
         "--only", nargs="+", metavar="ROW", help=f"these rows, beside {BASELINE}; of {', '.join(list(ROWS)[1:])}"
     )
@@ -134,13 +138,15 @@ def run(options: argparse.Namespace) -> None:
     batch_size = options.batch_size or (2 if options.quick else 8)
     if batch_size < 2:
         raise UserError("--batch-size 1 is too small: batch norms train on 2 images at least.")
+    execution = {"amp": options.amp, "channels_last": options.channels_last, "compile": options.compile}
     settings = {"height": height, "width": width, "batch_size": batch_size, "gate": options.gate, "rows": rows}
+    settings |= {name: value for name, value in execution.items() if value}
     results = Results(options.out, "cost", {**settings, "threads": options.threads, "device": options.device})
     if len(results.rounds) < options.repeats:
         torch.manual_seed(0)
         images = torch.randn(batch_size, 3, height, width, device=device)
         contestants = {
-            name: Contestant(ROWS[name].build(options.gate).to(device), images, ROWS[name].fast)
+            name: Contestant(ROWS[name].build(options.gate).to(device), images, ROWS[name].fast, **execution)
             for name in tqdm(rows, desc="building", unit="network")
         }
         for name in tqdm(rows, desc="counting", unit="network"):
@@ -179,10 +185,27 @@ class Contestant:
         model: on the device that it is measured on.
         images: (B, 3, H, W), on the same device.
         fast: whether attention blocks may use the compiled passes.
+        amp: autocast to "bf16" or "fp16", the latter with a gradient scaler; None for fp32.
+        channels_last: whether weights and images are in this memory format.
+        compile: whether the network runs through `torch.compile`.
     """
 
-    def __init__(self, model: nn.Module, images: torch.Tensor, fast: bool = True) -> None:
-        self.model, self.images, self.fast = model, images, fast
+    def __init__(
+        self,
+        model: nn.Module,
+        images: torch.Tensor,
+        fast: bool = True,
+        *,
+        amp: str | None = None,
+        channels_last: bool = False,
+        compile: bool = False,
+    ) -> None:
+        layout = torch.channels_last if channels_last else torch.preserve_format
+        self.model, self.images, self.fast = model.to(memory_format=layout), images.to(memory_format=layout), fast
+        self.autocast = torch.autocast(images.device.type, AMP_DTYPES.get(amp or ""), enabled=amp is not None)
+        self.scaler = torch.amp.GradScaler(images.device.type, enabled=amp == "fp16")  # type: ignore[attr-defined]
+        # The counts of memory kept and operations are those of the network as it is written, also with `compile`.
+        self.run = torch.compile(self.model) if compile else self.model
         self.labels = torch.arange(len(images), device=images.device) % NUM_CLASSES
         # So small a rate that no step takes the network anywhere, whatever its attention.
         self.optimizer = torch.optim.SGD(model.parameters(), lr=1e-6, momentum=0.9)
@@ -190,14 +213,16 @@ class Contestant:
     def train_step(self) -> None:
         """Forward, the sum of all cross entropies (Eq. 18), backward, SGD."""
         self.optimizer.zero_grad()
-        loss = torch.stack([F.cross_entropy(logits, self.labels) for logits in self.model(self.images)]).sum()
-        loss.backward()  # type: ignore[no-untyped-call]
-        self.optimizer.step()
+        with self.autocast:
+            loss = torch.stack([F.cross_entropy(logits, self.labels) for logits in self.run(self.images)]).sum()
+        self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
 
     def embed(self) -> None:
         """Forward in eval mode."""
-        with torch.inference_mode():
-            self.model(self.images)
+        with torch.inference_mode(), self.autocast:
+            self.run(self.images)
 
     def sample(self) -> Sample:
         """Seconds of a step and of an embedding."""
@@ -213,7 +238,8 @@ class Contestant:
         """Measure memory per image, operations and parameters, which need no repetition."""
         set_fast(self.fast)
         images, _, height, width = self.images.shape
-        kept = count_kept_bytes(self.model, height, width, batch_size=images)
+        with self.autocast:
+            kept = count_kept_bytes(self.model, height, width, batch_size=images)
         gmacs = count_gmacs(self.model, height, width)
         self.model.train()
         self.train_step()  # allocate the optimizer's state and the memory of a first step
@@ -294,7 +320,7 @@ def report(results: Results) -> None:
         "± is half the distance of the quartiles; "
         f"'{TOO_LARGE}' stands for a change whose quartiles lie further apart than it is large",
         "kept: bytes kept from the forward for the backward pass; peak: the most that a training step holds beyond "
-        "weights and optimizer; MB = 1e6 bytes",
+        "weights and optimizer; MB = 1e6 bytes; with --compile, kept is that of the network that is not compiled",
         "the paper's figures are its Table 5, on a GPU that it does not name",
     )
     table = tabulate(lines, header, tablefmt="github", disable_numparse=True)
