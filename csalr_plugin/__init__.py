@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from csalr_plugin.attention import CSALR, CompressedSelfAttention, SelfAttention, build_attention
     from csalr_plugin.errors import UserError
     from csalr_plugin.models import MODEL_NAMES, PCB, build_model
+    from csalr_plugin.models.attach import attach, detach
 
 __all__ = [
     "CSALR",
@@ -25,11 +26,20 @@ __all__ = [
     "SelfAttention",
     "UserError",
     "__version__",
+    "attach",
     "build_attention",
     "build_model",
+    "detach",
 ]
 
-_MODULES = {"MODEL_NAMES": "models", "PCB": "models", "build_model": "models", "UserError": "errors"}
+_MODULES = {
+    "MODEL_NAMES": "models",
+    "PCB": "models",
+    "UserError": "errors",
+    "attach": "models.attach",
+    "build_model": "models",
+    "detach": "models.attach",
+}
 
 
 def __getattr__(name: str) -> Any:

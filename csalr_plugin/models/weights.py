@@ -7,7 +7,7 @@ import math
 import os
 import pickle
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral
 from pathlib import Path
@@ -17,6 +17,7 @@ from urllib.error import URLError
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from torchvision.models import ResNet50_Weights
 
 from csalr_plugin.errors import UserError, first_line, shown
@@ -99,7 +100,7 @@ def state_dict_of(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
 # Network settings
 
 
-def record_network_settings(model: nn.Module, settings: Mapping[str, Any]) -> None:
+def record_network_settings(model: nn.Module, settings: Mapping[str, Any]) -> list[RemovableHandle]:
     """Let every state dict of `model` carry `settings`, and let `model` refuse a state dict that carries others.
 
     Groups and landmarks are not visible in the shapes of the weights, and the attention not always. The settings
@@ -109,10 +110,22 @@ def record_network_settings(model: nn.Module, settings: Mapping[str, Any]) -> No
     Args:
         model: its ``state_dict`` and ``load_state_dict`` get a hook.
         settings: "head", "attention" and, unless that is "none", its settings; numbers, text and tuples of them.
+
+    Returns:
+        The handles of both hooks.
     """
     vars(model)[_NETWORK] = dict(settings)
-    model.register_state_dict_post_hook(_record)  # type: ignore[no-untyped-call]
-    model.register_load_state_dict_pre_hook(_compare)  # type: ignore[no-untyped-call]
+    return [
+        model.register_state_dict_post_hook(_record),  # type: ignore[no-untyped-call]
+        model.register_load_state_dict_pre_hook(_compare),  # type: ignore[no-untyped-call]
+    ]
+
+
+def forget_network_settings(model: nn.Module, handles: Sequence[RemovableHandle]) -> None:
+    """Undo `record_network_settings`, which returned `handles`."""
+    del vars(model)[_NETWORK]
+    for handle in handles:
+        handle.remove()
 
 
 def has_network_settings(model: nn.Module) -> bool:
