@@ -189,10 +189,17 @@ def _parse_keep(value: Any) -> str:
     return "all" if value == "all" else str(integer(1, MANY).parse(value))
 
 
+def _parse_layers(value: Any) -> tuple[str, ...]:
+    layers = tuple(list_of(TEXT).parse(value))
+    _require(all(layers) and len(set(layers)) == len(layers))
+    return layers
+
+
 LANDMARKS = Check(
     f"two positive integers of at most {_MOST_LANDMARKS}, rows and columns, such as 12,8", _parse_landmarks
 )
 KEEP = Check("an integer of at least 1, or all", _parse_keep)
+LAYERS = Check("distinct names of layers, such as layer1,layer2", _parse_layers)
 STAGES = Check("distinct stages from 1 to 4, at least one, such as 1,2,3", _parse_stages)
 
 
@@ -209,10 +216,16 @@ class Key:
 KEYS = (
     Key("landmarks", (12, 8), LANDMARKS, "landmark grid of CSALR: rows, columns"),
     Key("groups", 2, integer(1, 2048), "channel groups of CSA and CSALR"),
-    Key("stages", (1, 2, 3), STAGES, "ResNet-50 stages that an attention block follows"),
+    Key("stages", (1, 2, 3), STAGES, "PCB: ResNet-50 stages that an attention block follows"),
+    Key("after", (), LAYERS, "other networks: layers that a block follows; empty: the default of the family"),
     Key("key_ratio", 0.25, number(high=1, above=0), "channels of queries and keys, as a share of the map's"),
     Key("supervision_weight", 1.0, number(0), "lambda of Eq. 18: weight of the supervision branches' losses"),
-    Key("pretrained_weights", "", PATH, "path of a torchvision ResNet-50 state dict; empty: torchvision's download"),
+    Key(
+        "pretrained_weights",
+        "",
+        PATH,
+        "path of ImageNet weights, for PCB of a torchvision ResNet-50; empty: download",
+    ),
     Key("attention_lr", 1.0, number(above=0), "learning rate of blocks and branches, relative to that of new layers"),
     Key("gate_lr", 0.1, number(0), "learning rate of the gates alpha, relative to that of new layers"),
     Key("clip_gradient", 1.0, number(0), "largest gradient norm of a block; 0: no clipping"),

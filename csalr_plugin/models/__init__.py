@@ -25,9 +25,20 @@ MODEL_NAMES = (
     "pcb_rpp_csalr",
 )
 
+ATTENTIONS = ("sa", "csa", "csalr")  # as csalr_plugin.attention.ATTENTION_NAMES, whose import takes seconds
+
 STAGE_CHANNELS = {1: 256, 2: 512, 3: 1024, 4: 2048}  # of ResNet-50
 
-__all__ = ["MODEL_NAMES", "PCB", "STAGE_CHANNELS", "RefinedPCB", "build_model", "head_and_attention"]
+__all__ = [
+    "ATTENTIONS",
+    "MODEL_NAMES",
+    "PCB",
+    "STAGE_CHANNELS",
+    "RefinedPCB",
+    "build_model",
+    "head_and_attention",
+    "split_attention",
+]
 
 
 def __getattr__(name: str) -> Any:
@@ -50,6 +61,12 @@ def head_and_attention(name: str) -> tuple[str, str]:
         return name, "none"
     head, attention = name.rsplit("_", 1)
     return head, attention
+
+
+def split_attention(name: str) -> tuple[str, str]:
+    """Split a name that ends with an attention: "osnet_csalr" is ("osnet", "csalr"), and "osnet" is ("osnet", "")."""
+    base, _, attention = name.rpartition("_")
+    return (base, attention) if base and attention in ATTENTIONS else (name, "")
 
 
 def build_model(

@@ -80,7 +80,7 @@ def attach(
     for name, modules in (("attention", blocks), ("supervision", branches)):
         if modules:
             dtype = weight.dtype if weight.is_floating_point() else None
-            added = _Container(modules).to(weight.device, dtype).train(network.training)
+            added = _Container(dict(modules.items())).to(weight.device, dtype).train(network.training)
             network.add_module(name, added)
     settings: dict[str, Any] = {"attention": attention, "after": tuple(names), "key_ratio": float(key_ratio)}
     if attention != "sa":

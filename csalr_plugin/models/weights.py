@@ -488,18 +488,41 @@ def load_backbone(model: nn.Module, path: str = "") -> None:
         state, source = state_dict_of(read_checkpoint(path)), repr(path)
     else:
         state, source = dict(_download(ResNet50_Weights.IMAGENET1K_V1)), "torchvision's weights"
+    layers = ("conv1", "bn1", "layer1", "layer2", "layer3", "layer4")
+    wanted = {name: value for name, value in model.state_dict().items() if name.split(".")[0] in layers}
+    _load_backbone(model, state, wanted, path or source, f"{source} is not a ResNet-50 of torchvision")
+
+
+def load_pretrained(model: nn.Module, path: str) -> None:
+    """Load ImageNet weights from a file into a model of a host, except the classifiers of other identities.
+
+    Args:
+        model: any model, before attention is attached.
+        path: a checkpoint with the names of the model's layers.
+
+    Raises:
+        UserError: the file cannot be read, or lacks layers of the model.
+    """
+    state = state_dict_of(read_checkpoint(path))
     wanted = {
         name: value
         for name, value in model.state_dict().items()
-        if name.split(".")[0] in ("conv1", "bn1", "layer1", "layer2", "layer3", "layer4")
-        and not name.endswith("num_batches_tracked")
+        if name.split(".")[0] not in IDENTITY_LAYERS or (name in state and state[name].shape == value.shape)
     }
-    check_tensors(state, wanted, path or source)
+    _load_backbone(model, state, wanted, path, f"{path!r} has no weights of this {type(model).__name__}")
+
+
+def _load_backbone(
+    model: nn.Module, state: Mapping[str, Tensor], wanted: Mapping[str, Tensor], path: str, mismatch: str
+) -> None:
+    """Load the tensors named in `wanted`, all of them or, with an error, none."""
+    wanted = {name: value for name, value in wanted.items() if not name.endswith("num_batches_tracked")}
+    check_tensors(state, wanted, path)
     wrong = [name for name, value in wanted.items() if name not in state or state[name].shape != value.shape]
     if wrong:
         raise UserError(
-            f"csalr.pretrained_weights {source} is not a ResNet-50 of torchvision: {len(wrong)} of its "
-            f"{len(wanted)} tensors are missing or of another shape ({', '.join(wrong[:3])}, ...)."
+            f"csalr.pretrained_weights {mismatch}: {len(wrong)} of its {len(wanted)} tensors are missing or of "
+            f"another shape ({', '.join(wrong[:3])}, ...)."
         )
     model.load_state_dict({name: state[name] for name in wanted}, strict=False)
 

@@ -26,19 +26,21 @@ def host() -> ModuleType:
 def register() -> None:
     """Add the plugin's models to torchreid's registry, and correct torchreid for today's torch (see `compat`).
 
-    It may be called again. Each model is built with the settings of the active config's node `csalr`, by default those
-    of the paper.
+    These are the PCB models, and each model of torchreid with attention (see `zoo`). It may be called again. Each model
+    is built with the settings of the active config's node `csalr`, by default those of the paper.
 
     A model of torchreid itself keeps its name; see `csalr_plugin.hosts.add_models`.
 
     Raises:
         UserError: torchreid is not installed.
     """
-    from csalr_plugin.hosts.torchreid import compat
+    from csalr_plugin.hosts.torchreid import compat, zoo
     from csalr_plugin.models import MODEL_NAMES
 
     compat.apply()
-    add_models("torchreid", _registry(), {name: _entry(name) for name in MODEL_NAMES})
+    registry = _registry()
+    own = {name: _entry(name) for name in MODEL_NAMES}
+    add_models("torchreid", registry, {**own, **zoo.entries(registry)})
 
 
 def model_registry() -> dict[str, Callable[..., Any]]:

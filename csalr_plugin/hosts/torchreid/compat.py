@@ -303,9 +303,10 @@ def count_every_product(torchreid: ModuleType) -> None:
         model: Any, input_size: Any, verbose: bool = False, only_conv_linear: bool = True
     ) -> tuple[int, int]:
         from csalr_plugin.models import PCB
+        from csalr_plugin.models.attach import is_attended
         from csalr_plugin.models.cost import count_gmacs, count_parameters
 
-        if not isinstance(model, PCB):
+        if not isinstance(model, PCB) and not is_attended(model):
             result: tuple[int, int] = host_count(model, input_size, verbose, only_conv_linear)
             return result
         return count_parameters(model), round(count_gmacs(model, *input_size[-2:]) * 1e9)

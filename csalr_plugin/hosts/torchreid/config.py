@@ -9,10 +9,11 @@ from typing import Any
 
 import csalr_plugin
 from csalr_plugin.errors import UserError, shown, suggest
-from csalr_plugin.hosts import keys
+from csalr_plugin.hosts import PREFIX, keys, plugin_model
 from csalr_plugin.hosts.config import CheckedConfig, read_yaml
 from csalr_plugin.hosts.folder import is_folder_name
 from csalr_plugin.hosts.keys import FOLDER, MANY, PATH, TEXT, Check, integer, list_of, number, one_of
+from csalr_plugin.models import MODEL_NAMES, split_attention
 
 # The keys and defaults of the host's scripts/default_config.py, which its PyPI package does not contain.
 HOST_DEFAULTS: dict[str, Any] = {
@@ -251,8 +252,19 @@ class Config(CheckedConfig):
         for key, value in self.leaves().items():
             self._assign(key, value)
         settings = self.leaves()
-        ours = self.csalr
-        keys.check_groups(ours.groups, ours.key_ratio, ours.stages)
+        ours, name = self.csalr, settings["model.name"].removeprefix(PREFIX)
+        attended = name not in MODEL_NAMES and split_attention(name)[1] != ""
+        if not attended:
+            keys.check_groups(ours.groups, ours.key_ratio, ours.stages)
+        if attended and ours.stages != self.defaults["csalr.stages"]:
+            raise UserError(
+                f"config key 'csalr.stages' is {ours.stages}, and {name} is no PCB: name its layers with csalr.after."
+            )
+        if ours.after and not attended:
+            give = "csalr.stages" if name in MODEL_NAMES else "a model with attention, such as osnet_x1_0_csalr"
+            raise UserError(
+                f"config key 'csalr.after' is {shown(ours.after)}, and {shown(name)} ignores it; give {give}."
+            )
         _check_combinations(settings)
         self._check_names(settings)
 
@@ -260,9 +272,14 @@ class Config(CheckedConfig):
         # Imported late, so that a mistyped key is reported before torch is loaded.
         from csalr_plugin.hosts.torchreid import dataset_names, model_registry
 
-        models = tuple(model_registry())
-        if settings["model.name"] not in models:
-            raise UserError(_unknown("model.name", settings["model.name"], models))
+        models, name = model_registry(), settings["model.name"]
+        if name not in models:
+            # Not the names with attention, which are three times as many.
+            listed = [one for one in models if plugin_model(models, one) in (None, *MODEL_NAMES)]
+            raise UserError(
+                f"config key 'model.name' is {shown(name)}; it must be one of {', '.join(listed)}, or a name of "
+                f"torchreid followed by _sa, _csa or _csalr.{suggest(name, models)}"
+            )
         datasets = dataset_names(settings["data.type"])
         for key in ("data.sources", "data.targets"):
             for name in settings[key]:
