@@ -103,9 +103,13 @@ class SynchronisedBatchNorm(nn.BatchNorm1d):
 
 
 def synchronise(network: nn.Module) -> None:
-    """Replace every batch norm of `network` by a synchronised one; names and values of weights stay."""
+    """Replace every batch norm of `network` by a synchronised one; names and values of weights stay.
+
+    A subclass with a forward pass of its own stays as it is.
+    """
     for module in network.modules():
-        if type(module) in (nn.BatchNorm1d, nn.BatchNorm2d):
+        own = isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d)) and type(module).forward is nn.BatchNorm2d.forward
+        if own:
             module.__class__ = SynchronisedBatchNorm  # in place: references to the layer stay valid
 
 

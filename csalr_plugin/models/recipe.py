@@ -26,6 +26,11 @@ def attention_blocks(network: nn.Module) -> dict[str, Any]:
     return _children(network, "attention")
 
 
+def applies_to(network: nn.Module) -> bool:
+    """Return whether a host trains `network` by this recipe: a PCB, or a network with attention blocks."""
+    return isinstance(network, PCB) or bool(attention_blocks(network))
+
+
 def split_logits(network: nn.Module, logits: Tensor | Sequence[Tensor]) -> tuple[list[Tensor], dict[str, Tensor]]:
     """Separate the logits of the network's own classifiers from those of its supervision branches.
 

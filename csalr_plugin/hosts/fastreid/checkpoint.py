@@ -12,7 +12,15 @@ from fastreid.utils.checkpoint import Checkpointer
 from csalr_plugin.errors import UserError
 from csalr_plugin.files import complete_file
 from csalr_plugin.models import PCB
-from csalr_plugin.models.weights import check_tensors, load_exactly, load_state, read_checkpoint, state_dict_of
+from csalr_plugin.models.weights import (
+    check_network_settings,
+    check_tensors,
+    load_exactly,
+    load_state,
+    read_checkpoint,
+    recorded_network_settings,
+    state_dict_of,
+)
 
 _host_load, _host_load_model = Checkpointer.load, Checkpointer._load_model
 
@@ -98,7 +106,15 @@ def _load_model(self: Any, checkpoint: dict[str, Any]) -> Any:
     else:
         wanted = self.model.state_dict()
         check_tensors(state, wanted, self.loading)
-        missing = [name for name in wanted if name not in state and not name.endswith("num_batches_tracked")]
+        check_network_settings(self.model, recorded_network_settings(state), f"Checkpoint {self.loading!r}")
+        # A checkpoint of the plain network fits the one with attention, whose blocks are then new.
+        new = {"attention", "supervision"} - {name.split(".")[0] for name in state}
+        new |= {"supervision"} if self.evaluates else set()
+        missing = [
+            name
+            for name in wanted
+            if name not in state and name.split(".")[0] not in new and not name.endswith("num_batches_tracked")
+        ]
         if self.evaluates and missing:
             raise UserError(
                 f"Checkpoint {self.loading!r} is of another architecture: it lacks {len(missing)} of the model's "

@@ -21,13 +21,19 @@ from csalr_plugin.attention.batch_norm import world_size
 from csalr_plugin.errors import UserError, shown, suggest
 from csalr_plugin.hosts import keys
 from csalr_plugin.hosts.config import CheckedConfig, read_yaml
+from csalr_plugin.hosts.fastreid.attended import check_attention
 from csalr_plugin.hosts.fastreid.datasets import data_root
 from csalr_plugin.hosts.fastreid.meta_architecture import is_plugin_model
 from csalr_plugin.hosts.fastreid.ranges import IDENTITY_SAMPLERS, check_of
 from csalr_plugin.hosts.folder import is_folder_name
 from csalr_plugin.hosts.keys import TEXT
+from csalr_plugin.models import ATTENTIONS
 
-_OUR_CHECKS = {f"CSALR.{key.name.upper()}": key.check for key in keys.KEYS}
+_OUR_CHECKS = {
+    **{f"CSALR.{key.name.upper()}": key.check for key in keys.KEYS},
+    "CSALR.ATTENTION": keys.one_of(*ATTENTIONS),  # torchreid has it in the names of its models
+    "MODEL.BACKBONE.WITH_CSALR": keys.BOOLEAN,
+}
 
 # Keys of the plugin that fast-reid's training loop does not support: the value they must have, and the reason.
 _UNSUPPORTED = {
@@ -121,14 +127,15 @@ class Config(CheckedConfig, CfgNode):  # type: ignore[misc]  # fast-reid carries
 
 
 def add_csalr_config(cfg: CfgNode) -> None:
-    """Add the plugin's node `CSALR` with its defaults to fast-reid's settings, in place.
+    """Add the node `CSALR` and MODEL.BACKBONE.WITH_CSALR with their defaults to fast-reid's settings, in place.
 
     `cfg` then accepts keys in any case and checks every value that is merged.
 
     Args:
         cfg: the settings from ``fastreid.config.get_cfg()``.
     """
-    cfg.CSALR = CfgNode(_in_capitals(keys.defaults()))
+    cfg.CSALR = CfgNode({"ATTENTION": "csalr", **_in_capitals(keys.defaults())})
+    cfg.MODEL.BACKBONE.WITH_CSALR = False
     # In place, as the function add_NAME_config of each project of fast-reid; yacs refuses a plain assignment.
     object.__setattr__(cfg, "__class__", Config)
 
@@ -178,7 +185,7 @@ def validate(cfg: CfgNode) -> None:
         raise UserError(
             f"config key 'MODEL.DEVICE' is '{cfg.MODEL.DEVICE}'; the last GPU of this machine is cuda:{gpus - 1}."
         )
-    if ours.SYNC_BATCH_NORM and not of_plugin:
+    if ours.SYNC_BATCH_NORM and not of_plugin and not cfg.MODEL.BACKBONE.WITH_CSALR:
         raise UserError(
             f"config key 'CSALR.SYNC_BATCH_NORM' is True, and {cfg.MODEL.META_ARCHITECTURE} is fast-reid's own model; "
             "set it to False, and MODEL.BACKBONE.NORM and MODEL.HEADS.NORM to syncBN."
@@ -194,17 +201,19 @@ def validate(cfg: CfgNode) -> None:
 
 
 def check_network(cfg: CfgNode) -> None:
-    """Check the groups, and the names of the network's parts against fast-reid's registries.
+    """Check the groups, the names of the network's parts against fast-reid's registries, and its attention.
 
     Raises:
         UserError: for the first setting that is not allowed.
     """
     ours = cfg.CSALR
-    keys.check_groups(ours.GROUPS, ours.KEY_RATIO, tuple(ours.STAGES), node="CSALR")
+    if not cfg.MODEL.BACKBONE.WITH_CSALR:  # or the blocks check the channels of their own layers
+        keys.check_groups(ours.GROUPS, ours.KEY_RATIO, tuple(ours.STAGES), node="CSALR")
     _check_name("MODEL.META_ARCHITECTURE", cfg.MODEL.META_ARCHITECTURE, META_ARCH_REGISTRY)
     if not is_plugin_model(cfg.MODEL.META_ARCHITECTURE):
         _check_name("MODEL.BACKBONE.NAME", cfg.MODEL.BACKBONE.NAME, BACKBONE_REGISTRY)
         _check_name("MODEL.HEADS.NAME", cfg.MODEL.HEADS.NAME, REID_HEADS_REGISTRY)
+    check_attention(cfg)
 
 
 def _check_optimizer(cfg: CfgNode) -> None:

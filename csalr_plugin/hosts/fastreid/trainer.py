@@ -41,7 +41,7 @@ from csalr_plugin.hosts.fastreid.resume import (
 from csalr_plugin.hosts.resume import name_parameters
 from csalr_plugin.hosts.script import replaced
 from csalr_plugin.hosts.training import keep_freed_memory, machine_failure, unwrapped
-from csalr_plugin.models import PCB, RefinedPCB, recipe
+from csalr_plugin.models import RefinedPCB, recipe
 from csalr_plugin.models.cost import count_gmacs, count_parameters
 
 # Children of the plugin's networks that have no ImageNet weights.
@@ -73,7 +73,7 @@ class Trainer(DefaultTrainer):  # type: ignore[misc]  # fast-reid carries no typ
             keep_freed_memory()
         self.checkpointer.settings = training_settings(self.cfg)
         self.warm_up = recipe.WarmUp(self.optimizer, cfg.CSALR.WARMUP)
-        if isinstance(network, PCB):
+        if recipe.applies_to(network):
             clip = _ClipGradients(network, cfg.CSALR.CLIP_GRADIENT)
             self.optimizer.register_step_pre_hook(clip)
 
@@ -156,7 +156,7 @@ class Trainer(DefaultTrainer):  # type: ignore[misc]  # fast-reid carries no typ
                 f"fast-reid cannot build {cfg.MODEL.META_ARCHITECTURE}: {first_line(error)} is not known; check "
                 "the keys of MODEL.BACKBONE and MODEL.HEADS."
             ) from error
-        if isinstance(model, PCB):
+        if recipe.applies_to(model):
             gmacs = count_gmacs(model.eval(), *cfg.INPUT.SIZE_TEST)
             model.train()
             logger.info(
@@ -176,7 +176,7 @@ class Trainer(DefaultTrainer):  # type: ignore[misc]  # fast-reid carries no typ
         cfg.defrost()
         cfg.SOLVER.FREEZE_ITERS = 0  # `TrainedLayers` freezes layers
         optimizer, parameters = build_optimizer(cfg, model)
-        if isinstance(model, PCB):
+        if recipe.applies_to(model):
             _assign_rates(cfg, model, optimizer)
         name_parameters(optimizer, model)
         return optimizer, parameters
@@ -345,12 +345,13 @@ class Trainer(DefaultTrainer):  # type: ignore[misc]  # fast-reid carries no typ
         return results
 
 
-def _assign_rates(cfg: CfgNode, model: PCB, optimizer: torch.optim.Optimizer) -> None:
-    """Set the learning rate of each parameter of a plugin model, and merge the groups of equal settings, in place.
+def _assign_rates(cfg: CfgNode, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Set the learning rate of each parameter of a network, and merge the groups of equal settings, in place.
 
     The host makes a group for each parameter; torch steps all parameters of a group at once.
     """
     role_of = recipe.parameter_roles(model)
+    # fast-reid itself applies HEADS_LR_FACTOR to the child `heads` of its own networks.
     new = {parameter for name, parameter in model.named_parameters() if name.split(".")[0] in _NEW_LAYERS}
     groups: dict[tuple[Any, ...], dict[str, Any]] = {}
     for group in optimizer.param_groups:
@@ -396,7 +397,7 @@ class _GradientError(ArithmeticError):
 class _ClipGradients:
     """A hook that clips the gradient of each block before the optimizer's step, after mixed precision unscaled it."""
 
-    def __init__(self, network: PCB, limit: float) -> None:
+    def __init__(self, network: nn.Module, limit: float) -> None:
         self.network, self.limit = network, limit
 
     def __call__(self, *_: Any) -> None:
