@@ -133,7 +133,7 @@ def layers_of(cfg: CfgNode) -> tuple[str, ...]:
             f"({', '.join(_LAYERS)}), or name the layers in CSALR.AFTER."
         )
     layers = _LAYERS[name]
-    if name == "build_mobilenetv3_backbone" and cfg.MODEL.BACKBONE.DEPTH == "small":
+    if name == "build_mobilenetv3_backbone" and cfg.MODEL.BACKBONE.DEPTH == "Small":
         layers = _SMALL_MOBILENETV3
     if cfg.MODEL.META_ARCHITECTURE == "MGN":
         layers = _MGN_LAYERS

@@ -9,11 +9,13 @@ import collections
 import collections.abc
 import importlib
 import logging
+import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -89,6 +91,7 @@ def apply() -> None:
         protect_log,
         launch_without_cuda,
         set_up_resumed_runs,
+        find_backbone_configs,
     ):
         patch()
     host().csalr_plugin_patched = True  # type: ignore[attr-defined]
@@ -96,6 +99,18 @@ def apply() -> None:
 
 def _module(name: str) -> ModuleType:
     return importlib.import_module(f"fastreid.{name}")
+
+
+def find_backbone_configs() -> None:
+    """Find the config files of RegNet and EfficientNet in the package; fast-reid looks in the working directory."""
+    cfg = _module("modeling.backbones.regnet.config").cfg
+    merge, package = cfg.merge_from_file, Path(str(host().__file__)).parent
+
+    def merge_from_file(path: str) -> None:
+        inside = package.parent / path
+        merge(str(inside) if not os.path.isfile(path) and inside.is_file() else path)
+
+    object.__setattr__(cfg, "merge_from_file", merge_from_file)
 
 
 def step_every_weight() -> None:
