@@ -22,7 +22,7 @@ Network = TypeVar("Network", bound=nn.Module)
 
 _ATTACHMENT = "csalr_attachment"  # an attribute of an attended network
 _SITE = "csalr_site"  # an attribute of a layer with a block after it
-_WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel, torch._dynamo.OptimizedModule)
+_WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 _MOST_NAMES = 30  # in a message
 
 
@@ -229,7 +229,7 @@ def _check_network(network: object) -> None:
     kind = type(network).__name__
     if not isinstance(network, nn.Module):
         raise UserError(f"attach takes a torch.nn.Module, not {shown(network)}.")
-    if isinstance(network, _WRAPPERS):
+    if isinstance(network, _WRAPPERS) or hasattr(network, "_orig_mod"):  # the attribute of torch.compile's wrapper
         raise UserError(f"{kind} wraps a network: attach the network first, then wrap it.")
     if isinstance(network, torch.jit.ScriptModule):
         raise UserError(f"{kind} is compiled by torch.jit: attach the network first, then script or trace it.")
