@@ -384,7 +384,7 @@ def test_refined_part_pooling_passes_through_its_phases_and_announces_each(caplo
         seen.append((model.refining, model.conv1.weight.requires_grad, model.bn1.training))
         assert model.training and all(one.requires_grad for one in model.part_classifier.parameters())
     assert seen == [(False, True, True), (False, True, True), (True, False, False), (True, True, True)]
-    told = [record.getMessage() for record in caplog.records if record.getMessage().startswith("Epochs ")]
+    told = dict.fromkeys(record.getMessage() for record in caplog.records if "Epochs " in record.getMessage())
     assert [line.split(":")[0] for line in told] == ["Epochs 1 to 2", "Epochs 3 to 3", "Epochs 4 to 6"]
 
 
@@ -461,9 +461,8 @@ def test_the_hosts_own_script_trains_resumes_and_evaluates_and_torchreid_agrees(
     assert evaluation["mAP"] == pytest.approx(results(out)["mAP"] / 100)
     assert (out / "ranked_Market1501.png").is_file() and "pcb_csalr_Market1501/report.html" in said
     page = (out / "report.html").read_text()
-    assert (
-        "Gates alpha" in page and "data:image/jpeg" in page and "http" not in re.sub(r"http://www.w3.org/\S+", "", page)
-    )
+    assert "Gates alpha" in page and "data:image/jpeg" in page
+    assert not re.search(r'(src|href)="(?!data:|#)', page)  # nothing is loaded
     best = torch.load(out / "model_best.pth", weights_only=True)
     assert best["epoch"] == 0 and best["metric"] == pytest.approx(results(out)["mAP"])
     assert run("OUTPUT_DIR", str(out)) == 2
@@ -476,6 +475,7 @@ def test_the_hosts_own_script_trains_resumes_and_evaluates_and_torchreid_agrees(
     assert {"conv1.weight", "attention.stage3.alpha", "supervision.stage3.classifier.weight"} <= set(moved)
 
     weights = ("MODEL.WEIGHTS", str(out / "model_final.pth"))
+    logging.getLogger("fastreid").handlers.clear()  # as in a new process
     before = {file: file.read_bytes() for file in out.rglob("*") if file.is_file()}
     assert run("OUTPUT_DIR", str(out), *weights, flags=("--eval-only",)) == 0
     after = {file for file in out.rglob("*") if file.is_file()}
