@@ -279,25 +279,37 @@ def test_a_fixed_batch_is_exported_only_when_asked_for_and_refuses_any_other(che
             run(normalised(random_bytes(3)))
 
 
-def test_a_network_of_the_hosts_zoo_is_exported_from_a_bare_state_dict(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["osnet_x0_25", "osnet_x0_25_csalr"])
+def test_a_network_of_torchreids_zoo_is_exported_from_its_state_dict(name: str, tmp_path: Path) -> None:
     torchreid = pytest.importorskip("torchreid")
+    from csalr_plugin.hosts.torchreid.config import default_config, set_active_config
+
     torch.manual_seed(0)
-    model = torchreid.models.build_model("osnet_x0_25", num_classes=4, pretrained=False).eval()
+    config = default_config()
+    config.merge_from_list(["csalr.groups", 4, "csalr.landmarks", "4,2"])
+    set_active_config(config)
+    model = torchreid.models.build_model(name, num_classes=4, pretrained=False).eval()
+    set_active_config(None)
+    for block in getattr(model, "attention", {}).values():
+        nn.init.constant_(block.alpha, 0.3)
     torch.save(model.state_dict(), tmp_path / "osnet.pth")
-    words = ["--weights", str(tmp_path / "osnet.pth"), "--output", str(tmp_path / "osnet"), "--model", "osnet_x0_25"]
+    words = ["--weights", str(tmp_path / "osnet.pth"), "--output", str(tmp_path / "osnet"), "--model", name]
     assert main(["export", *words, "--include", "torchscript", "data.height", "64", "data.width", "32"]) == 0
     images = torch.rand(3, 3, 64, 32)
-    torch.testing.assert_close(run_file(tmp_path / "osnet.torchscript")(images), model(images))
+    torch.testing.assert_close(run_file(tmp_path / "osnet.torchscript")(images), model(images), rtol=1e-4, atol=1e-4)
 
 
-def test_a_network_of_fastreids_zoo_takes_bytes_as_in_fastreid(tmp_path: Path) -> None:
+def test_a_network_of_fastreids_zoo_with_attention_takes_bytes_as_in_fastreid(tmp_path: Path) -> None:
     pytest.importorskip("fastreid")
     from csalr_plugin.hosts.fastreid.trained import build_network, read_config
 
-    settings = {"MODEL.BACKBONE.DEPTH": "18x", "MODEL.BACKBONE.FEAT_DIM": 512, "MODEL.BACKBONE.WITH_IBN": True}
+    settings: dict[str, Any] = {"MODEL.BACKBONE.DEPTH": "18x", "MODEL.BACKBONE.FEAT_DIM": 512}
+    settings |= {"MODEL.BACKBONE.WITH_CSALR": True, "CSALR.GROUPS": 4, "CSALR.LANDMARKS": [4, 2], "CSALR.AMP": "bf16"}
     settings |= {"MODEL.META_ARCHITECTURE": "Baseline", "INPUT.SIZE_TEST": [64, 32]}
     torch.manual_seed(0)
-    model = build_network("Baseline", read_config(settings, "", (), ""), 4).eval()
+    model: Any = build_network("Baseline", read_config(settings, "", (), ""), 4).eval()
+    for block in model.attention.values():
+        nn.init.constant_(block.alpha, 0.3)
     torch.save({"model": model.state_dict(), "settings": settings}, tmp_path / "model.pth")
     words = ["--weights", str(tmp_path / "model.pth"), "--output", str(tmp_path / "r18"), "--include", "torchscript"]
     assert main(["export", *words]) == 0
@@ -421,6 +433,36 @@ def test_settings_that_the_checkpoint_does_not_record_are_taken_from_the_command
     assert trained.size == SIZE and trained.host == "torchreid"
     with torch.no_grad():
         assert torch.equal(trained.network(images), network(images))
+
+
+# torchreid's own functions
+
+
+@torch.no_grad()
+def test_the_feature_extractor_builds_network_size_and_normalisation_from_a_checkpoint_alone(
+    network: PCB, tmp_path: Path
+) -> None:
+    torchreid = pytest.importorskip("torchreid")
+    settings = {"model.name": "pcb_csalr", **RECORDED, "data.norm_mean": [0.5, 0.4, 0.3], "data.norm_std": [0.2] * 3}
+    torch.save({"state_dict": network.state_dict(), "settings": settings}, tmp_path / "m.pth")
+    image = random_bytes(1)
+    array = image[0].permute(1, 2, 0).numpy()
+    mean = torch.tensor(settings["data.norm_mean"]).view(1, 3, 1, 1)
+    expected = network((image / 255 - mean) / 0.2)
+    for given in ({"model_path": str(tmp_path / "m.pth")}, {"model_name": "pcb_csalr", "image_size": SIZE}):
+        extractor = torchreid.utils.FeatureExtractor(
+            **{"model_path": str(tmp_path / "m.pth"), **given}, device="cpu", verbose=False
+        )
+        assert extractor.model.network_settings["groups"] == GROUPS
+        torch.testing.assert_close(extractor(array), expected)
+
+
+def test_torchreid_never_loads_other_groups_or_another_attention_in_silence(checkpoint: Path) -> None:
+    torchreid = pytest.importorskip("torchreid")
+    with pytest.raises(UserError, match="was trained with groups 4, and this network has groups 2"):
+        torchreid.utils.load_pretrained_weights(build_model("pcb_csalr", 3, pretrained=False), str(checkpoint))
+    with pytest.raises(UserError, match="was trained with attention csalr, and this network has attention sa"):
+        torchreid.utils.FeatureExtractor("pcb_sa", str(checkpoint), device="cpu", verbose=False)
 
 
 # The inverse
