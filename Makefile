@@ -11,7 +11,7 @@ HOST ?= torchreid
 
 INSTALLED = $(VENV)/.installed
 
-.PHONY: demo test check clean
+.PHONY: demo test check upstream clean
 
 demo: $(INSTALLED)
 	$(VENV)/bin/csalr demo --out $(OUT) --host $(HOST)
@@ -26,6 +26,12 @@ check: $(INSTALLED)
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 
+# TORCHREID_REPO, FASTREID_REPO: clones of the hosts' repositories, one or both.
+upstream: $(INSTALLED)
+	@test -n "$(TORCHREID_REPO)$(FASTREID_REPO)" || { echo "give clones: make upstream TORCHREID_REPO=CLONE FASTREID_REPO=CLONE"; exit 2; }
+	$(if $(TORCHREID_REPO),$(VENV)/bin/python projects/upstream/check.py torchreid '$(TORCHREID_REPO)')
+	$(if $(FASTREID_REPO),$(VENV)/bin/python projects/upstream/check.py fastreid '$(FASTREID_REPO)')
+
 $(INSTALLED): setup.cfg pyproject.toml Makefile
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed: make PYTHON=python3.11")'
 	$(PYTHON) -m venv $(VENV)
@@ -35,4 +41,4 @@ $(INSTALLED): setup.cfg pyproject.toml Makefile
 	touch $@
 
 clean:
-	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-linters build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
