@@ -375,7 +375,6 @@ _OF_THE_RUN = {
     "test.visrank",
     "csalr.pretrained_weights",
     "csalr.compile",
-    "csalr.keep",
     "csalr.overwrite",
 }
 
