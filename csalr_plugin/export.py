@@ -25,7 +25,6 @@ from torch.nn import functional as F
 from csalr_plugin.attention import AttentionBlock
 from csalr_plugin.errors import UserError, first_line, shown
 from csalr_plugin.files import write_json
-from csalr_plugin.models.recipe import attention_blocks
 from csalr_plugin.version import __version__
 
 PIXELS = ("normalised", "0-255")
@@ -75,7 +74,8 @@ class Interface:
 
     def input_in_words(self) -> str:
         """Describe the input for a message."""
-        kind = "uint8 RGB from 0 to 255" if self.pixels == "0-255" else "float32, normalised RGB"
+        mean, std = (", ".join(f"{one:g}" for one in values) for values in (self.mean, self.std))
+        kind = "uint8, RGB" if self.pixels == "0-255" else f"float32, (RGB / 255 - ({mean})) / ({std})"
         return f"images [{self.batch or 'batch'}, 3, {self.height}, {self.width}], {kind}"
 
     def metadata(self, embedding: int) -> dict[str, str]:
@@ -132,7 +132,7 @@ def prepared(network: nn.Module, interface: Interface) -> Embedder:
     In fp16 alone, the inverse and the softmaxes of a block lose three digits.
     """
     network = copy.deepcopy(network).eval().requires_grad_(False)
-    blocks = [block for block in attention_blocks(network).values() if isinstance(block, AttentionBlock)]
+    blocks = [module for module in network.modules() if isinstance(module, AttentionBlock)]
     for block in blocks:
         block.fold()
     if interface.half:
@@ -227,9 +227,13 @@ class Exporter:
             import onnxslim
 
             model = onnxslim.slim(model)
-        batch, width = model.graph.output[0].type.tensor_type.shape.dim
-        width.dim_value = self.embedding  # the exporter for older opsets gives it a name
-        assert batch.dim_param or self.interface.batch
+        # The exporters give the sizes names such as s34.
+        del model.graph.value_info[:]
+        for one in (model.graph.input[0], model.graph.output[0]):
+            dims = one.type.tensor_type.shape.dim
+            if not self.interface.batch:
+                dims[0].dim_param = "batch"
+        dims[1].dim_value = self.embedding
         onnx.helper.set_model_props(model, self.metadata)
         onnx.checker.check_model(model)
         return model
@@ -427,31 +431,36 @@ def export(
     import_packages(formats, simplify)
     network.eval()
     stem = output.with_suffix("") if output.suffix in {one.suffix for one in FORMATS.values()} else output
+    paths = {name: stem.with_name(stem.name + FORMATS[name].suffix) for name in formats}
+    report = output.with_name(f"{output.name}.json")
+    for path in (output, *paths.values(), report):
+        if path.is_dir():
+            raise UserError(f"--output {str(output)!r}: {str(path)!r} is a folder; give the path of a file.")
     batches = sorted({interface.batch}) if interface.batch else list(PROVED_BATCHES)
     images = example_images(interface, max(batches), seed=1)
-    with torch.no_grad():
-        expected: Tensor = Embedder(network, replace(interface, half=False)).eval()(images)
-        embedder = prepared(network, interface)
-        result: dict[str, Any] = {"limit": interface.limit, "files": {}}
-        if interface.half:  # onnxruntime and OpenVINO may compute in fp32 on a CPU
-            lost = difference(embedder(images), expected)
-            _check(lost, interface, "the network in fp16")
-            result["fp16_in_torch"] = _as_numbers(lost)
+    expected = _embeddings(Embedder(network, replace(interface, half=False)), images, interface)
+    embedder = prepared(network, interface)
+    result: dict[str, Any] = {"limit": interface.limit, "files": {}}
+    if interface.half:  # onnxruntime and OpenVINO may compute in fp32 on a CPU
+        lost = difference(_embeddings(embedder, images, interface), expected)
+        _check(lost, interface, "the network in fp16")
+        result["fp16_in_torch"] = _as_numbers(lost)
     exporter = Exporter(embedder, interface, expected.shape[1], opset, simplify)
-    with _staged(stem) as folder:
+    with _staged(output) as folder:
         for name in formats:
             kind = FORMATS[name]
-            path = folder / f"{stem.name}{kind.suffix}"
-            proved = {}
-            with _in_one_line(name, interface.model):
+            path = folder / paths[name].name
+            with _in_one_line(f"{interface.model} cannot be exported to {name}"):
                 run = kind.write(exporter, path)
-                for batch in batches:
+            proved = {}
+            for batch in batches:
+                with _in_one_line(f"the {name} file of {interface.model} fails with a batch of {batch}"):
                     proved[batch] = difference(run(images[:batch]), expected[:batch])
             worst = Difference(max(one.largest for one in proved.values()), min(one.cosine for one in proved.values()))
             _check(worst, interface, f"the {name} file")
             files = folder.glob(f"{stem.name}.bin") if name == "openvino" else ()
             result["files"][name] = {
-                "path": str(stem.with_name(path.name)),
+                "path": str(paths[name]),
                 "bytes": sum(file.stat().st_size for file in (path, *files)),
                 "runtime": f"{kind.runtime} {version(kind.runtime)}",
                 **_as_numbers(worst),
@@ -460,8 +469,23 @@ def export(
         result = {**exporter.metadata, **result}
         if {"onnx", "openvino"} & set(formats):
             result["opset"] = opset
-        write_json(folder / f"{output.name}.json", result)
+        write_json(folder / report.name, result)
     return result
+
+
+@torch.no_grad()
+def _embeddings(embedder: Embedder, images: Tensor, interface: Interface) -> Tensor:
+    kind = f"{interface.model}{' in fp16' if interface.half else ''}"
+    try:
+        embeddings: Tensor = embedder.eval()(images)
+    except Exception as error:  # a network raises errors of any type for a size that it does not take
+        raise UserError(
+            f"{kind} cannot take images of {interface.height}x{interface.width} ({first_line(error)}): give the size "
+            "that it was trained with as --imgsz."
+        ) from error
+    if not bool(embeddings.isfinite().all()):
+        raise UserError(f"the embeddings of {kind} are not finite: take an earlier checkpoint.")
+    return embeddings
 
 
 def _check(found: Difference, interface: Interface, subject: str) -> None:
@@ -478,8 +502,8 @@ def _as_numbers(found: Difference) -> dict[str, float]:
 
 
 @contextmanager
-def _in_one_line(name: str, model: str) -> Iterator[None]:
-    """Silence the exporter `name`, and turn its errors into a UserError."""
+def _in_one_line(failure: str) -> Iterator[None]:
+    """Silence an exporter or runtime, and turn its errors into a UserError that starts with `failure`."""
     try:
         with ExitStack() as quiet:
             sink = quiet.enter_context(open(os.devnull, "w", encoding="utf-8"))
@@ -496,9 +520,12 @@ def _in_one_line(name: str, model: str) -> Iterator[None]:
         reason: BaseException = error
         while reason.__cause__ is not None:
             reason = reason.__cause__
+        lines = str(reason).strip().splitlines()
+        # TorchScript prints its own stack trace first.
+        line = lines[-1] if lines and "TorchScript interpreter" in lines[0] else first_line(reason)
         raise UserError(
-            f"{model} cannot be exported to {name} ({shown(first_line(reason))[1:-1]}): no file is written; give "
-            f"another --opset from {OPSETS[0]} to {OPSETS[1]}, or another --include."
+            f"{failure} ({shown(line)[1:-1]}): no file is written; give another --opset from {OPSETS[0]} to "
+            f"{OPSETS[1]}, or another --include."
         ) from error
 
 
@@ -509,10 +536,11 @@ def _staged(output: Path) -> Iterator[Path]:
     Raises:
         UserError: the folder of `output` cannot be written.
     """
-    made = [one for one in (output.parent, *output.parent.parents) if not one.exists()]
+    made: list[Path] = []
     staging = None
     try:
         try:
+            made = [one for one in (output.parent, *output.parent.parents) if not one.exists()]
             output.parent.mkdir(parents=True, exist_ok=True)
             staging = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=output.parent))
         except OSError as error:

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 from csalr_plugin.errors import UserError
 
-_EITHER_HOST = "yacs yaml PIL tabulate tqdm matplotlib tensorboard gdown h5py cv2 scipy"
+_EITHER_HOST = "yacs yaml PIL tabulate tqdm matplotlib tensorboard gdown h5py cv2 scipy jinja2"
 # The modules that each extra of setup.cfg installs; a host comes first.
 MODULES = {
     "torchreid": f"torchreid {_EITHER_HOST} filelock six".split(),

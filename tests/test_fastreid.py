@@ -7,6 +7,7 @@ script is run too.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import pickle
 import re
@@ -42,6 +43,7 @@ from csalr_plugin.hosts.fastreid.datasets import data_root
 from csalr_plugin.hosts.fastreid.hooks import TrainedLayers
 from csalr_plugin.hosts.fastreid.meta_architecture import register
 from csalr_plugin.hosts.fastreid.ranges import CHECKS, check_of
+from csalr_plugin.hosts.records import METRICS, read_metrics
 
 # isort: split
 import fastreid
@@ -109,7 +111,8 @@ def test_the_node_has_the_keys_and_defaults_of_the_shared_table() -> None:
     plugin.add_csalr_config(cfg)
     ours = {key: value for key, value in cfg.leaves().items() if key.startswith("CSALR.")}
     assert ours.pop("CSALR.ATTENTION") == "csalr"  # which torchreid has in the names of its models
-    assert ours == {f"CSALR.{key.name.upper()}": key.default for key in keys.KEYS}
+    wanted = {f"CSALR.{key.name.upper()}": key.default for key in keys.KEYS}
+    assert ours == {**wanted, "CSALR.KEEP": "all"}  # SOLVER.CHECKPOINT_PERIOD sets which epochs are saved
 
 
 def test_keys_are_accepted_in_any_case_and_the_model_key_by_both_names() -> None:
@@ -359,17 +362,30 @@ def test_backbone_new_layers_blocks_and_gates_have_their_own_learning_rates() ->
         assert (group["lr"], group["weight_decay"]) == (pytest.approx(rate), decay)
 
 
-def test_refined_part_pooling_passes_through_its_phases() -> None:
-    cfg = settings("MODEL.NAME", "pcb_rpp_csalr", "CSALR.RPP.PCB_EPOCHS", 2, "CSALR.RPP.PART_CLASSIFIER_EPOCHS", 1)
+def test_refined_part_pooling_passes_through_its_phases_and_announces_each(caplog: pytest.LogCaptureFixture) -> None:
+    cfg = settings(
+        "MODEL.NAME",
+        "pcb_rpp_csalr",
+        "CSALR.RPP.PCB_EPOCHS",
+        2,
+        "CSALR.RPP.PART_CLASSIFIER_EPOCHS",
+        1,
+        "SOLVER.MAX_EPOCH",
+        6,
+    )
     model = build_host_model(cfg).train()
     hook = TrainedLayers(model, cfg)
+    caplog.set_level("INFO")
+    logging.getLogger("fastreid").propagate = True
     seen = []
     for epoch in range(4):
-        hook.trainer = SimpleNamespace(epoch=epoch, iter=5 * epoch, start_iter=0)
+        hook.trainer = SimpleNamespace(epoch=epoch, start_epoch=0, iter=5 * epoch, start_iter=0)
         hook.before_epoch()
         seen.append((model.refining, model.conv1.weight.requires_grad, model.bn1.training))
         assert model.training and all(one.requires_grad for one in model.part_classifier.parameters())
     assert seen == [(False, True, True), (False, True, True), (True, False, False), (True, True, True)]
+    told = dict.fromkeys(record.getMessage() for record in caplog.records if "Epochs " in record.getMessage())
+    assert [line.split(":")[0] for line in told] == ["Epochs 1 to 2", "Epochs 3 to 3", "Epochs 4 to 6"]
 
 
 def test_an_error_in_the_loading_thread_is_raised_in_the_training(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -415,7 +431,7 @@ def test_the_hosts_own_script_trains_resumes_and_evaluates_and_torchreid_agrees(
     script: Path, root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    out = tmp_path / "out"
+    out = tmp_path / "logs" / "pcb_csalr_Market1501"  # the default names model and data set
 
     def run(*words: str, flags: tuple[str, ...] = ()) -> int:
         return main(
@@ -425,7 +441,7 @@ def test_the_hosts_own_script_trains_resumes_and_evaluates_and_torchreid_agrees(
     def results(folder: Path) -> dict[str, float]:
         return dict(json.loads((folder / "results.json").read_text()))
 
-    assert run("OUTPUT_DIR", str(out)) == 0
+    assert run() == 0
     trained = torch.load(out / "model_final.pth", weights_only=True)
     assert trained["epoch"] == 0 and np.isfinite(results(out)["mAP"])
     # The forms that other programs read: the table of results in the log, and a JSON object per line.
@@ -434,6 +450,21 @@ def test_the_hosts_own_script_trains_resumes_and_evaluates_and_torchreid_agrees(
     metrics = [json.loads(line) for line in (out / "metrics.json").read_text().splitlines()]
     assert metrics[-1]["mAP"] == pytest.approx(results(out)["mAP"])
     assert {"total_loss", "loss_F", "lr", "iteration"} <= set(metrics[-1])
+    said, log = capsys.readouterr().out, (out / "log.txt").read_text()
+    (line,) = (line for line in said.splitlines() if ": epoch 1/1: loss " in line)
+    assert re.search(r"loss [\d.]+ \(L_DS [\d.]+\), accuracy [\d.]+ %, gates -?[\d.]+, lr [\d.]+, [\d.]+ s$", line)
+    assert "CSALR.STAGES 3" in said and "Settings that differ from fast-reid's defaults" in said
+    for long in ("Environment info:", "Running with full config", "SOLVER:", "Model:"):
+        assert long in log and long not in said
+    (epoch,), (evaluation,) = read_metrics(out / METRICS)
+    assert {"loss", "L_F", "L_DS_stage3", "acc", "alpha_stage3", "lr_backbone", "lr_new", "lr_gate"} <= set(epoch)
+    assert evaluation["mAP"] == pytest.approx(results(out)["mAP"] / 100)
+    assert (out / "ranked_Market1501.png").is_file() and "pcb_csalr_Market1501/report.html" in said
+    page = (out / "report.html").read_text()
+    assert "Gates alpha" in page and "data:image/jpeg" in page
+    assert not re.search(r'(src|href)="(?!data:|#)', page)  # nothing is loaded
+    best = torch.load(out / "model_best.pth", weights_only=True)
+    assert best["epoch"] == 0 and best["metric"] == pytest.approx(results(out)["mAP"])
     assert run("OUTPUT_DIR", str(out)) == 2
     assert "holds an earlier training's checkpoints" in capsys.readouterr().err
 
@@ -444,9 +475,16 @@ def test_the_hosts_own_script_trains_resumes_and_evaluates_and_torchreid_agrees(
     assert {"conv1.weight", "attention.stage3.alpha", "supervision.stage3.classifier.weight"} <= set(moved)
 
     weights = ("MODEL.WEIGHTS", str(out / "model_final.pth"))
-    assert run("OUTPUT_DIR", str(tmp_path / "again"), *weights, flags=("--eval-only",)) == 0
-    again = results(tmp_path / "again")
+    logging.getLogger("fastreid").handlers.clear()  # as in a new process
+    before = {file: file.read_bytes() for file in out.rglob("*") if file.is_file()}
+    assert run("OUTPUT_DIR", str(out), *weights, flags=("--eval-only",)) == 0
+    after = {file for file in out.rglob("*") if file.is_file()}
+    assert all(file.read_bytes() == content for file, content in before.items())
+    assert {file.parent for file in after - set(before)} == {out / "evaluation"}
+    again = results(out / "evaluation")
     assert again == pytest.approx(results(out), abs=1e-3)
+    assert again["checkpoint"] == str(out / "model_final.pth") and again["epoch"] == 2
+    assert (again["image_size"], again["dist_metric"], again["rerank"]) == ([128, 64], "euclidean", False)
 
     written = settings()
     written.merge_from_file(out / "config.yaml")
@@ -618,6 +656,12 @@ def test_processes_that_cannot_be_started_are_refused_in_one_line(
 ) -> None:
     with pytest.raises(UserError, match=told):
         fastreid.engine.launch(lambda *_: None, gpus, **options)
+
+
+def test_refined_part_pooling_that_never_begins_is_refused(root: Path, tmp_path: Path) -> None:
+    cfg = settings("MODEL.NAME", "pcb_rpp_csalr", "CSALR.RPP.PCB_EPOCHS", 1, "OUTPUT_DIR", str(tmp_path))
+    with pytest.raises(UserError, match=r"'SOLVER\.MAX_EPOCH' is 1, and 'CSALR\.RPP\.PCB_EPOCHS' is 1.*never begin"):
+        plugin.Trainer(cfg)
 
 
 def test_synchronised_batch_norm_of_the_plugin_is_refused_for_models_of_fastreid(root: Path) -> None:

@@ -50,7 +50,7 @@ def trained(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     folder = tmp_path_factory.mktemp("trained") / "out"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FASTREID_DATASETS", str(tiny_data / "market1501"))
-        patch.setattr(Trainer, "test", lambda *_: {"metric": 50.0})
+        patch.setattr(Trainer, "test", lambda *_: {"metric": 50.0, "mAP": 40.0})
         train("OUTPUT_DIR", folder, *("SOLVER.WARMUP_FACTOR", "0.5"), *("INPUT.REA.ENABLED", "True"))
     yield folder
 
@@ -73,7 +73,7 @@ def ready(*overrides: Any, resume: bool = False) -> Any:
 
 def copy(folder: Path, to: Path) -> Path:
     to.mkdir()
-    for name in ("model_final.pth", "model_best.pth", "last_checkpoint"):
+    for name in ("model_final.pth", "model_best.pth", "last_checkpoint", "metrics.jsonl"):
         os.link(folder / name, to / name)
     return to
 
@@ -89,7 +89,7 @@ def logged(folder: Path) -> str:
 def test_a_setting_given_at_resume_counts_and_every_other_is_taken_from_the_checkpoint(
     trained: Path, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Trainer, "test", lambda *_: {"metric": 50.0})
+    monkeypatch.setattr(Trainer, "test", lambda *_: {"metric": 50.0, "mAP": 40.0})
     out = copy(trained, tmp_path / "out")
     given = ("SOLVER.BASE_LR", "0.0002", "SOLVER.MAX_EPOCH", "2", "SOLVER.WEIGHT_DECAY_NORM", "0.0")
     given += ("SOLVER.SCHED", "CosineAnnealingLR", "CSALR.GATE_LR", "0.5", "CSALR.ATTENTION_LR", "0.3")
@@ -120,8 +120,12 @@ def test_a_setting_given_at_resume_counts_and_every_other_is_taken_from_the_chec
 def test_a_resumed_training_keeps_the_best_checkpoint(trained: Path, root: Path, tmp_path: Path) -> None:
     out = copy(trained, tmp_path / "out")
     trainer = ready("OUTPUT_DIR", out, "SOLVER.MAX_EPOCH", "2", resume=True)
-    best = next(hook.best_metric for hook in trainer._hooks if isinstance(hook, hooks.PeriodicCheckpointer))
-    assert best == 50.0
+    assert trainer._best == 0.4
+    trainer.epoch = 1
+    trainer._record_results({"mAP": 39.0})
+    assert torch.load(out / "model_best.pth", weights_only=True)["epoch"] == 0
+    trainer._record_results({"mAP": 41.0})
+    assert torch.load(out / "model_best.pth", weights_only=True)["epoch"] == 1
 
 
 @pytest.mark.parametrize(
@@ -213,7 +217,7 @@ def test_resuming_without_a_checkpoint_logs_that_the_training_starts_anew(root: 
 def test_frozen_layers_do_not_change_until_they_are_opened(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Trainer, "test", lambda *_: {"metric": 50.0})
+    monkeypatch.setattr(Trainer, "test", lambda *_: {"metric": 50.0, "mAP": 40.0})
     names = "['backbone', 'attention.stage3.value']"
     trainer = ready("OUTPUT_DIR", tmp_path / "out", "MODEL.FREEZE_LAYERS", names, "SOLVER.FREEZE_ITERS", "3")
     network = trainer.model

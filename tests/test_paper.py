@@ -125,6 +125,25 @@ def test_the_full_preset_has_the_settings_of_the_paper_and_no_deviations_on_its_
     assert other[0].deviations == ("train.lr 0.05 (paper: 0.1)",)
 
 
+@pytest.mark.parametrize("preset", ["full", "small"])
+def test_the_new_layers_of_a_preset_fit_every_row(tmp_path: Path, preset: str) -> None:
+    from csalr_plugin.hosts.torchreid.optimizer import build_optimizer
+    from csalr_plugin.models import build_model
+
+    only = ("pcb", "pcb_rpp_csalr")
+    options = plan.Options("table1", tmp_path / "out", tmp_path / "none", preset=preset, only=only, dry_run=True)
+    for run in plan.plan(options):
+        with torch.device("meta"):
+            model = build_model(run.config.model.name, 2, pretrained=False)
+        train = run.config.train
+        assert train.staged_lr
+        optimizer = build_optimizer(model, optim="sgd", lr=train.lr, staged_lr=True, new_layers=train.new_layers)
+        rate_of = {id(one): group["lr"] for group in optimizer.param_groups for one in group["params"]}
+        assert rate_of[id(model.classifier[0].weight)] == train.lr > rate_of[id(model.conv1.weight)]
+        if hasattr(model, "part_classifier"):
+            assert rate_of[id(model.part_classifier.weight)] == train.lr
+
+
 def test_all_tables_share_their_runs() -> None:
     names = plan.run_names("all")
     assert len(names) == len(set(names)) == 16

@@ -63,7 +63,7 @@ def test_each_epoch_is_one_line_with_loss_accuracy_gates_and_rate(run: tuple[Pat
     lines = [line for line in run[1].splitlines() if line.startswith("epoch ")]
     assert len(lines) == 2
     assert re.fullmatch(
-        r"epoch 1/2: loss [\d.]+ \(L_F [\d.]+, L_DS [\d.]+\), accuracy [\d.]+ %, gates -?[\d.]+, lr 0.1, [\d.]+ s, "
+        r"epoch 1/2: loss [\d.]+ \(L_DS [\d.]+\), accuracy [\d.]+ %, gates -?[\d.]+, lr 0.1, [\d.]+ s, "
         r"\d:\d\d:\d\d left",
         lines[0],
     )

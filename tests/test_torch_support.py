@@ -485,17 +485,6 @@ def test_an_onnx_block_equals_the_block_for_any_batch(name: str, groups: int, tm
 
 
 @pytest.mark.on_cpu
-def test_the_onnx_optimiser_keeps_the_embeddings_of_pcb_csa(tmp_path: Path) -> None:
-    model = build_model("pcb_csa", 3, pretrained=False).eval()
-    for block in model.attention.values():
-        nn.init.constant_(block.alpha, 0.3)
-    images = torch.randn(3, 3, 96, 32)
-    (got,) = onnx_outputs(model, images[:2], [images], tmp_path / "model.onnx")
-    with torch.no_grad():
-        assert (got - model(images)).abs().max() <= 1e-4
-
-
-@pytest.mark.on_cpu
 @pytest.mark.parametrize(
     ("name", "backend"), [*((name, "aot_eager") for name in ATTENTION_NAMES), ("csalr", "inductor")]
 )

@@ -144,7 +144,7 @@ def raise_diagonal(S_mm: Tensor, floor: float) -> Tensor:
         S_mm: (..., m, m), rows sum to 1.
         floor: smallest S_ii, from 0 (the published formula) to below 1.
     """
-    identity = torch.eye(S_mm.shape[-1], dtype=S_mm.dtype, device=S_mm.device)
+    identity = _identity_like(S_mm)
     own = (S_mm * identity).sum(-1, keepdim=True)  # S_ii: ..., m, 1
     share = (floor - own).clamp(min=0) / (1 - own.clamp(max=floor))  # of the row, given to the landmark itself
     return S_mm * (1 - share) + identity * (1 + share)
@@ -184,18 +184,44 @@ def _products_are_faster(A: Tensor, floor: float) -> bool:
 def inverse_by_products(A: Tensor, floor: float) -> Tensor:
     """Newton-Schulz: X <- X (2 I - A X) from X = I / 2, for the A of :func:`inverse_of_dominant`.
 
-    Rows of A sum to 2, so the residual I - A X starts as (I - S) / 2, whose powers shrink by 1 - `floor` at least, and
-    each iteration squares it. 15 iterations reach 1e-7 with a floor of 1e-3. A floor of 0 has no such bound; it is
-    treated as 1e-3.
+    Rows of A sum to 2, so the residual I - A X starts as (I - S) / 2. Its powers shrink by 1 - `floor` at least, and
+    each iteration squares it: with a floor of 1e-3, 15 iterations reach 1e-7. A floor of 0 has no such bound; it is
+    treated as 1e-3. Rounding in the last residual decides the accuracy, so exported programs sum that product in parts.
 
     Gradients flow through the last two iterations alone. From X0 = A0^-1, held constant, k iterations agree with A^-1
     near A0 up to an error of order 2^k in A - A0, so first, second and third derivatives are exact.
     """
     digits = -math.log(torch.finfo(A.dtype).eps)
     iterations = math.ceil(math.log2(digits / (floor or 1e-3))) + 1
-    twice = 2 * torch.eye(A.shape[-1], dtype=A.dtype, device=A.device)
+    twice = 2 * _identity_like(A)
     X = (twice / 4).expand_as(A)
     for k in range(iterations):
         A_k = A if k >= iterations - 2 else A.detach()
-        X = X @ (twice - A_k @ X)
+        in_parts = k == iterations - 1 and is_captured()
+        X = X @ (twice - (_product_in_parts(A, X) if in_parts else A_k @ X))
     return X
+
+
+def _product_in_parts(A: Tensor, X: Tensor) -> Tensor:
+    """A X as a sum of products of at most 8 columns and rows.
+
+    In one sum of m terms, the rounding errors of similar terms add up: for two halves of landmarks that attend to each
+    other, the inverse of m = 192 would be seven times less accurate. A symbolic m is not divided.
+    """
+    m = _rows(A)
+    if not isinstance(m, int):
+        return A @ X
+    width = next(one for one in range(8, 0, -1) if m % one == 0)
+    columns = A.unflatten(-1, (-1, width)).transpose(-3, -2)  # type: ignore[no-untyped-call] # ..., m / width, m, width
+    return (columns @ X.unflatten(-2, (-1, width))).sum(-3)  # type: ignore[no-untyped-call]
+
+
+def _identity_like(A: Tensor) -> Tensor:
+    """The m x m identity matrix of the type of A, (..., m, m)."""
+    return torch.eye(_rows(A), dtype=A.dtype, device=A.device)
+
+
+def _rows(A: Tensor) -> int:
+    """m of A, (..., m, m); a constant while torch.jit.trace records, a symbol in an exported program of any size."""
+    m = A.shape[-1]
+    return int(m) if isinstance(m, Tensor) else m

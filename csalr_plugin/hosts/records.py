@@ -12,7 +12,7 @@ import sys
 import textwrap
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from csalr_plugin.errors import first_line, shown
+from csalr_plugin.errors import first_line
 from csalr_plugin.models.weights import read_checkpoint
 
 METRICS = "metrics.jsonl"
@@ -30,6 +30,7 @@ COLUMNS = 120
 """Longest line that a training prints."""
 EVALUATION = "evaluation"
 """Subfolder of a training's folder for evaluations of its checkpoints."""
+_MOST_EMBEDDINGS = 1000  # in the projector, which is a page in a browser
 
 
 @contextmanager
@@ -122,7 +123,7 @@ def epoch_line(line: Mapping[str, Any], epochs: int) -> str:
     gates = [value for name, value in line.items() if name.startswith("alpha_")]
     rate = next((line[name] for name in ("lr_new", "lr_all") if name in line), None)
     left = timedelta(seconds=round((epochs - line["epoch"]) * line["seconds"]))
-    terms = f" (L_F {line['L_F']:.4g}, L_DS {sum(branches):.4g})" if branches and "L_F" in line else ""
+    terms = f" (L_DS {sum(branches):.4g})" if branches else ""
     parts = [
         f"epoch {line['epoch']}/{epochs}: loss {line['loss']:.4g}",
         f"accuracy {line['acc']:.1f} %" if "acc" in line else "",
@@ -232,7 +233,10 @@ def about_checkpoint(path: str) -> dict[str, Any]:
         path: the checkpoint; empty for initial weights, which have no epoch. The epoch counts completed epochs, and is
             None where the file has none.
     """
-    epoch = read_checkpoint(path).get("epoch") if path and os.path.isfile(os.path.expanduser(path)) else None
+    checkpoint = read_checkpoint(path) if path and os.path.isfile(os.path.expanduser(path)) else {}
+    epoch = checkpoint.get("epoch")
+    if type(epoch) is int and "model" in checkpoint:  # fast-reid's, which counts epochs from 0
+        epoch += 1
     return {"checkpoint": path or None, "epoch": epoch if type(epoch) is int else None}
 
 
@@ -249,8 +253,8 @@ def evaluation_folder(folder: Path, *marks: str) -> Path:
     return folder / EVALUATION if any((folder / mark).exists() for mark in marks) else folder
 
 
-def differing(settings: Mapping[str, Any], defaults: Mapping[str, Any]) -> str:
-    """Return the settings that differ from the defaults, as wrapped lines for the console.
+def changed_settings(settings: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, str]:
+    """Return the settings that differ from the defaults, as text.
 
     Args:
         settings, defaults: ``{dotted key: value}``.
@@ -260,15 +264,17 @@ def differing(settings: Mapping[str, Any], defaults: Mapping[str, Any]) -> str:
         return list(value) if isinstance(value, (list, tuple)) else value
 
     def text(value: Any) -> str:
-        return ",".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+        return ",".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value) or "''"
 
-    words = [
-        f"{key} {text(value) if text(value) else shown(value)}".replace(" ", "\0")
-        for key, value in settings.items()
-        if key not in defaults or plain(value) != plain(defaults[key])
-    ]
+    changed = {key for key, value in settings.items() if key not in defaults or plain(value) != plain(defaults[key])}
+    return {key: text(value) for key, value in settings.items() if key in changed}
+
+
+def differing(settings: Mapping[str, Any], defaults: Mapping[str, Any]) -> str:
+    """Return the settings that differ from the defaults, as wrapped lines for the console; see `changed_settings`."""
+    pairs = [f"{key} {value}".replace(" ", "\0") for key, value in changed_settings(settings, defaults).items()]
     wrapped = textwrap.fill(
-        ",  ".join(words) or "none",
+        ",  ".join(pairs) or "none",
         width=COLUMNS,
         initial_indent="  ",
         subsequent_indent="  ",
@@ -322,3 +328,15 @@ def learning_rates(optimizer: torch.optim.Optimizer) -> dict[str, float]:
     host = [group["lr"] for group in optimizer.param_groups if "role" not in group]
     names = ("backbone", "new") if len(host) == 2 else ("all",)
     return {**dict(zip(names, host, strict=False)), **rates}
+
+
+def show_embeddings(
+    writer: Any, dataset: str, embeddings: Tensor, identities: Iterable[object], cameras: Iterable[object], epoch: int
+) -> None:
+    """Write embeddings (N, width) to the projector of a TensorBoard writer, at most 1000, in 64 dimensions."""
+    given = embeddings[:_MOST_EMBEDDINGS]
+    # 12288 numbers per query would make files of 100 MB and more; 64 principal directions keep the neighbours.
+    left, size, _ = torch.pca_lowrank(given, q=min(64, *given.shape))
+    labels = [[str(one) for one in pair] for pair in zip(identities, cameras, strict=True)][: len(given)]
+    writer.add_embedding(left * size, labels, metadata_header=["identity", "camera"], global_step=epoch, tag=dataset)
+    writer.flush()

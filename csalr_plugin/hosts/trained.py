@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from csalr_plugin.errors import UserError
 from csalr_plugin.extras import needs
 from csalr_plugin.hosts.keys import KEYS, TEXT, Check, integer, list_of, number
-from csalr_plugin.models import MODEL_NAMES, build_model, head_and_attention
+from csalr_plugin.models import MODEL_NAMES, build_model
 from csalr_plugin.models.weights import (
     IDENTITY_LAYERS,
     load_state,
@@ -29,7 +29,7 @@ from csalr_plugin.models.weights import (
 )
 
 # Options of the networks. Groups and landmarks do not show in the shapes of the weights.
-_OPTIONS = ("stages", "key_ratio", "groups", "landmarks")
+_OPTIONS = ("stages", "after", "key_ratio", "groups", "landmarks")
 _INVISIBLE = {"groups": "2", "landmarks": "12,8"}
 _SIDE = integer(1, 10_000)
 _CHECKS: dict[str, Check] = {
@@ -90,12 +90,16 @@ def load_trained(
     """
     settings = TrainedSettings(path, config_file, overrides, user)
     name, source = settings.model(model), settings.source
+    settings.check_options(name)
+    options = settings.options()
     if name in MODEL_NAMES:
-        network: nn.Module = build_model(name, 1, pretrained=False, **settings.complete_options(name))
+        options.pop("after", None)
+        network: nn.Module = build_model(name, 1, pretrained=False, **options)
     else:
         with needs(settings.host, user):
             adapter = _adapter(settings.host)
             config = adapter.read_config(settings.recorded, config_file, overrides, source)
+            config.merge_from_list([word for option in options.items() for word in (f"csalr.{option[0]}", option[1])])
             network = adapter.build_network(name, config, _number_of_identities(settings.state))
     report = load_state(network, settings.state, path)
     untrained = {one.split(".")[0] for one in report.left if not one.endswith("num_batches_tracked")}
@@ -165,7 +169,7 @@ class TrainedSettings:
             UserError: no name is known.
         """
         name = given or self.value("MODEL.META_ARCHITECTURE" if self.host == "fastreid" else "model.name")
-        if not name and self.network:
+        if not name and "head" in self.network:
             parts = (str(self.network.get("head")), str(self.network.get("attention")))
             name = "_".join(part for part in parts if part != "none")
         if not name:
@@ -185,20 +189,20 @@ class TrainedSettings:
                 options[option] = tuple(value) if isinstance(value, list) else value
         return options
 
-    def complete_options(self, name: str) -> dict[str, Any]:
-        """Return the options of the plugin's network `name`.
+    def check_options(self, name: str) -> None:
+        """Check that the options are known that do not show in the shapes of the weights of the network `name`.
 
         Raises:
-            UserError: an option that does not show in the shapes of the weights is not known.
+            UserError: one is not known.
         """
-        options = self.options()
-        unknown = [option for option in _INVISIBLE if option not in options]
-        if unknown and head_and_attention(name)[1] in ("csa", "csalr"):
+        attends = any(one.startswith("attention.") for one in self.state)
+        if not attends or self.network.get("attention") == "sa" or (not self.network and name.endswith("_sa")):
+            return
+        if unknown := [option for option in _INVISIBLE if option not in self.options()]:
             raise UserError(
                 f"{self.source} does not record its {' and '.join(unknown)}: give those that it was trained with, such "
                 f"as {' '.join(f'{self._key(option)} {_INVISIBLE[option]}' for option in unknown)}."
             )
-        return options
 
     def _key(self, option: str) -> str:
         return f"CSALR.{option.upper()}" if self.host == "fastreid" else f"csalr.{option}"

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from fastreid.config import CfgNode
+from fastreid.config import CfgNode, get_cfg
 from fastreid.config.config import BASE_KEY
 from fastreid.data.datasets import DATASET_REGISTRY
 from fastreid.modeling.backbones import BACKBONE_REGISTRY
@@ -20,7 +20,7 @@ import csalr_plugin
 from csalr_plugin.attention.batch_norm import world_size
 from csalr_plugin.errors import UserError, shown, suggest
 from csalr_plugin.hosts import keys
-from csalr_plugin.hosts.config import CheckedConfig, read_yaml
+from csalr_plugin.hosts.config import CheckedConfig, flatten, read_yaml
 from csalr_plugin.hosts.fastreid.attended import check_attention
 from csalr_plugin.hosts.fastreid.datasets import data_root
 from csalr_plugin.hosts.fastreid.meta_architecture import is_plugin_model
@@ -39,8 +39,6 @@ _OUR_CHECKS = {
 _UNSUPPORTED = {
     "ACCUMULATE": (1, "fast-reid makes an optimizer step of every batch"),
     "COMPILE": (False, "fast-reid's loop calls the network with more than tensors"),
-    "TENSORBOARD.MAPS_EVERY": (0, "fast-reid writes its own TensorBoard log"),
-    "TENSORBOARD.PROJECTOR": (False, "fast-reid writes its own TensorBoard log"),
 }
 
 
@@ -136,8 +134,17 @@ def add_csalr_config(cfg: CfgNode) -> None:
     """
     cfg.CSALR = CfgNode({"ATTENTION": "csalr", **_in_capitals(keys.defaults())})
     cfg.MODEL.BACKBONE.WITH_CSALR = False
+    cfg.CSALR.KEEP = "all"  # SOLVER.CHECKPOINT_PERIOD sets which epochs are saved
     # In place, as the function add_NAME_config of each project of fast-reid; yacs refuses a plain assignment.
     object.__setattr__(cfg, "__class__", Config)
+
+
+@cache
+def default_settings() -> Mapping[str, Any]:
+    """Return the defaults of fast-reid and of the node `CSALR`, ``{dotted key: value}``."""
+    cfg = get_cfg()
+    add_csalr_config(cfg)
+    return dict(flatten(cfg))
 
 
 def _in_capitals(tree: Mapping[str, Any]) -> dict[str, Any]:

@@ -5,7 +5,10 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
 
+import torch
 from fastreid.config import CfgNode
 from fastreid.engine import hooks
 from fastreid.engine.train_loop import HookBase
@@ -13,6 +16,15 @@ from fastreid.utils.events import EventWriter
 from torch import nn
 
 from csalr_plugin.errors import UserError, first_line, shown, suggest
+from csalr_plugin.hosts.maps import map_pictures
+from csalr_plugin.hosts.records import (
+    EpochRecord,
+    epoch_line,
+    forget_later,
+    never_fatal,
+    phase_line,
+    write_line,
+)
 from csalr_plugin.models import PCB, RefinedPCB, recipe
 
 logger = logging.getLogger(__name__.replace("csalr_plugin.hosts.fastreid", "fastreid.csalr"))
@@ -40,15 +52,11 @@ class TrainedLayers(HookBase):  # type: ignore[misc]  # fast-reid carries no typ
 
     def __init__(self, network: nn.Module, cfg: CfgNode) -> None:
         self.network, self.phases = network, cfg.CSALR.RPP
+        self.epochs: int = cfg.SOLVER.MAX_EPOCH
         self.trainable = {parameter for parameter in network.parameters() if parameter.requires_grad}
         self.iterations: int = cfg.SOLVER.FREEZE_ITERS if cfg.MODEL.FREEZE_LAYERS else 0
         self.patterns = frozen_layers(network, cfg.MODEL.FREEZE_LAYERS)
         self.alone = False
-        if isinstance(network, RefinedPCB) and cfg.SOLVER.MAX_EPOCH <= self.phases.PCB_EPOCHS:
-            logger.warning(
-                f"CSALR.RPP.PCB_EPOCHS {self.phases.PCB_EPOCHS}: refined part pooling starts after the last epoch, "
-                f"SOLVER.MAX_EPOCH {cfg.SOLVER.MAX_EPOCH}, so this trains PCB alone"
-            )
         if cfg.MODEL.FREEZE_LAYERS and not self.iterations:
             logger.warning(
                 f"MODEL.FREEZE_LAYERS {list(cfg.MODEL.FREEZE_LAYERS)} freezes nothing: SOLVER.FREEZE_ITERS is 0"
@@ -63,6 +71,11 @@ class TrainedLayers(HookBase):  # type: ignore[misc]  # fast-reid carries no typ
             part_classifier_epochs=self.phases.PART_CLASSIFIER_EPOCHS,
         )
         self.alone = phase is recipe.Phase.PART_CLASSIFIER
+        if isinstance(self.network, RefinedPCB):
+            lengths = (self.epochs, self.phases.PCB_EPOCHS, self.phases.PART_CLASSIFIER_EPOCHS)
+            starts = self.trainer.epoch == self.trainer.start_epoch
+            if line := phase_line(self.trainer.epoch, *lengths, starts=starts):
+                logger.info(line)
         self._apply()
 
     def before_step(self) -> None:
@@ -146,6 +159,88 @@ class MetricsWriter(hooks.PeriodicWriter):  # type: ignore[misc]
     def close(self) -> None:
         """Close the writers."""
         super().after_train()
+
+
+class Records(HookBase):  # type: ignore[misc]
+    """Writes a line per epoch to the log and to ``metrics.jsonl``, and attention maps to TensorBoard.
+
+    The names of the metrics are those of the plugin's training in torchreid; see `EpochRecord`.
+
+    Args:
+        network: the network, without the wrapper for several processes.
+        cfg: fast-reid's settings.
+        queries: returns the first query images, (B, 3, H, W), RGB from 0 to 255.
+    """
+
+    def __init__(self, network: nn.Module, cfg: Any, queries: Callable[[], torch.Tensor]) -> None:
+        self.network, self.queries = network, queries
+        self.folder, self.maps_every = Path(cfg.OUTPUT_DIR), cfg.CSALR.TENSORBOARD.MAPS_EVERY
+        self.record: EpochRecord | None = None
+        self._images: torch.Tensor | None = None
+
+    def before_train(self) -> None:
+        """Remove the metrics of epochs that are trained now."""
+        forget_later(self.folder, self.trainer.start_epoch)
+
+    def before_epoch(self) -> None:
+        """Start the record of an epoch."""
+        trainer = self.trainer
+        self.record = EpochRecord(trainer.epoch + 1, trainer.max_epoch, trainer.iters_per_epoch)
+        self.record.rates = {}
+        for group in trainer.optimizer.param_groups:
+            self.record.rates.setdefault(_role(group), group["lr"])
+
+    def after_step(self) -> None:
+        """Add the metrics of an iteration."""
+        assert self.record is not None
+        latest = {
+            name: value for name, (value, step) in self.trainer.storage.latest().items() if step == self.trainer.iter
+        }
+        values = {
+            _NAMES.get(name, name.removeprefix("loss_")): value for name, value in latest.items() if "loss" in name
+        }
+        values = {f"L_{name}" if name.startswith("DS_") else name: value for name, value in values.items()}
+        if "cls_accuracy" in latest:
+            values["acc"] = 100 * latest["cls_accuracy"]
+        self.record.count(values)
+
+    def after_epoch(self) -> None:
+        """Write the line of an epoch."""
+        assert self.record is not None
+        self.record.close()
+        gates = {
+            f"alpha_{name}": float(block.alpha.detach())
+            for name, block in recipe.attention_blocks(self.network).items()
+        }
+        line = {**self.record.line(self.record.means()), **gates}
+        logger.info(epoch_line(line, self.trainer.max_epoch))
+        write_line(self.folder, line)
+        number = self.trainer.epoch + 1
+        if self.maps_every and number % self.maps_every == 0 and gates:
+            with never_fatal("pictures of the attention maps"):
+                self._images = images = self.queries() if self._images is None else self._images
+                for stage, pictures in map_pictures(self.network, images, images / 255).items():
+                    for place, picture in enumerate(pictures, start=1):
+                        self.trainer.storage.put_image(f"Maps/{stage}/query{place}", picture)
+
+    def after_train(self) -> None:
+        """Remove the progress bar, also after an error."""
+        if self.record is not None:
+            self.record.close()
+
+
+# Names of fast-reid's losses in metrics.jsonl.
+_NAMES = {"total_loss": "loss", "loss_F": "L_F"}
+# Children of the plugin's networks that have no ImageNet weights.
+NEW_LAYERS = ("conv5", "classifier", "part_classifier", "attention", "supervision")
+
+
+def _role(group: dict[str, Any]) -> str:
+    """Return the name of a parameter group: "attention", "gate", "new" or "backbone"; fast-reid's "heads" is "new"."""
+    if "role" in group:
+        return str(group["role"])
+    child = str(group["param_names"][0]).split(".")[0]
+    return "new" if child in (*NEW_LAYERS, "heads") else "backbone"
 
 
 class SafeWriter(EventWriter):  # type: ignore[misc]

@@ -7,20 +7,29 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import fastreid
+import torch
 from fastreid.config import CfgNode, get_cfg
-from fastreid.engine import defaults, hooks
+from fastreid.engine import defaults
 
 from csalr_plugin.errors import UserError, shown
 from csalr_plugin.files import make_writable_folder
 from csalr_plugin.hosts.config import recordable, recorded_settings
-from csalr_plugin.hosts.distributed import is_main, together
-from csalr_plugin.hosts.fastreid.config import Config, add_csalr_config
+from csalr_plugin.hosts.distributed import is_main, local_world_size, together
+from csalr_plugin.hosts.fastreid.config import Config, add_csalr_config, default_settings
+from csalr_plugin.hosts.folder import file_stem
+from csalr_plugin.hosts.records import METRICS, differing, evaluation_folder, loader_workers
 from csalr_plugin.hosts.resume import load_optimizer_state, replay_schedule
+from csalr_plugin.hosts.script import replaced
 from csalr_plugin.hosts.training import unwrapped
 from csalr_plugin.models.weights import check_epoch, load_exactly, read_checkpoint, state_dict_of
+from csalr_plugin.version import __version__
 
 logger = logging.getLogger(__name__.replace("csalr_plugin.hosts.fastreid", "fastreid.csalr"))
 
@@ -36,6 +45,7 @@ _OF_THE_RUN = {
     "DATALOADER.NUM_WORKERS",
     "CSALR.PRETRAINED_WEIGHTS",
     "CSALR.OVERWRITE",
+    "CSALR.KEEP",
 }
 
 _host_default_setup = defaults.default_setup
@@ -56,15 +66,85 @@ def default_setup(cfg: CfgNode, args: Any) -> None:
     with together():
         if not cfg.OUTPUT_DIR:
             raise UserError("config key 'OUTPUT_DIR' is empty; give the folder for checkpoints and logs.")
+        if isinstance(cfg, Config):
+            _choose_folder(cfg, getattr(args, "eval_only", False))
         if is_main():
             make_writable_folder(Path(cfg.OUTPUT_DIR), f"config key 'OUTPUT_DIR' {shown(cfg.OUTPUT_DIR)}")
         resumes = getattr(args, "resume", False) and not getattr(args, "eval_only", False)
         lines = take_settings(cfg) if resumes and isinstance(cfg, Config) else []
     if getattr(args, "config_file", ""):
         args.config_file = os.path.expanduser(args.config_file)  # the host copies the file into the log
-    _host_default_setup(cfg, args)
+    with _long_records_in_file():
+        _host_default_setup(cfg, args)
+    if isinstance(cfg, Config):
+        _describe(cfg)
     for line in lines:
         logger.info(line)
+
+
+def _choose_folder(cfg: Config, evaluates: bool) -> None:
+    """Set OUTPUT_DIR: by default it names model and data set, and an evaluation gets a subfolder of a training's."""
+    name = cfg.OUTPUT_DIR
+    if "OUTPUT_DIR" not in cfg.given and name == default_settings()["OUTPUT_DIR"]:
+        name = os.path.join(name, f"{cfg.MODEL.META_ARCHITECTURE}_{'+'.join(map(file_stem, cfg.DATASETS.NAMES))}")
+    if evaluates:
+        name = str(evaluation_folder(Path(name).expanduser(), METRICS, "metrics.json", "last_checkpoint"))
+    _assign(cfg, "OUTPUT_DIR", name)
+
+
+def _assign(cfg: Config, key: str, value: Any) -> None:
+    """Set a key of a config that may be frozen."""
+    frozen = cfg.is_frozen()
+    cfg.defrost()
+    *path, leaf = key.split(".")
+    node: Any = cfg
+    for name in path:
+        node = node[name]
+    node[leaf] = value
+    if frozen:
+        cfg.freeze()
+
+
+# Records of the host's set-up and of its models, which have hundreds of lines.
+_LONG = ("Environment info:", "Command line arguments:", "Contents of args.config_file", "Running with full", "Model:")
+
+
+def _is_short(record: logging.LogRecord) -> bool:
+    return not str(record.msg).startswith(_LONG)
+
+
+@contextmanager
+def _long_records_in_file() -> Iterator[None]:
+    """Set up fast-reid's log inside a with statement, so that its long records go to the log file alone."""
+    host_set_up = defaults.setup_logger
+
+    def set_up(*args: Any, **options: Any) -> logging.Logger:
+        found: logging.Logger = host_set_up(*args, **options)
+        for handler in found.handlers:
+            if isinstance(handler, logging.StreamHandler) and handler.stream is sys.stdout:
+                handler.addFilter(_is_short)
+        return found
+
+    with replaced(defaults, {"setup_logger": set_up}):
+        yield
+
+
+def _describe(cfg: Config) -> None:
+    """Log the versions and the settings that differ from the defaults, and limit the workers of the data loader."""
+    workers = loader_workers(
+        cfg.DATALOADER.NUM_WORKERS,
+        "DATALOADER.NUM_WORKERS",
+        "DATALOADER.NUM_WORKERS" in cfg.given,
+        local_world_size(),
+        logger.info,
+    )
+    _assign(cfg, "DATALOADER.NUM_WORKERS", workers)
+    changed = differing(cfg.leaves(), default_settings())
+    logger.info(
+        f"csalr_plugin {__version__}, fast-reid {fastreid.__version__}, torch {torch.__version__}\n"
+        f"Settings that differ from fast-reid's defaults (all settings and the machine: {cfg.OUTPUT_DIR}/log.txt):\n"
+        f"{changed}"
+    )
 
 
 def take_settings(cfg: Config) -> list[str]:
@@ -129,7 +209,7 @@ def training_keys(cfg: Config) -> list[str]:
 
 
 def load_training(trainer: Any, path: str) -> None:
-    """Load the state of a training from a checkpoint: weights, optimizer, learning rate, best metric, next epoch.
+    """Load the state of a training from a checkpoint: weights, optimizer, learning rate, next epoch.
 
     Hyperparameters and the learning rate are those that the settings of `trainer` give at the next epoch.
 
@@ -152,12 +232,6 @@ def load_training(trainer: Any, path: str) -> None:
     load_optimizer_state(trainer.optimizer, checkpoint["optimizer"], path)
     if trainer.start_epoch < trainer.max_epoch:
         set_learning_rate(trainer)
-    best = os.path.join(trainer.cfg.OUTPUT_DIR, "model_best.pth")
-    metric = read_checkpoint(best).get("metric") if os.path.isfile(best) else None
-    if isinstance(metric, float):
-        for hook in trainer._hooks:
-            if isinstance(hook, hooks.PeriodicCheckpointer):
-                hook.best_metric = metric  # or the next checkpoint replaces a better model_best.pth
     logger.info(f"Loaded {path}: {trainer.start_epoch} epochs are done")
 
 

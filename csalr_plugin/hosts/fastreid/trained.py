@@ -43,6 +43,7 @@ def build_network(name: str, cfg: Config, num_classes: int) -> nn.Module:
     """
     cfg.merge_from_list(["MODEL.META_ARCHITECTURE", name, "MODEL.HEADS.NUM_CLASSES", num_classes])
     cfg.merge_from_list(["MODEL.DEVICE", "cpu", "MODEL.WEIGHTS", "", "MODEL.BACKBONE.PRETRAIN", False])
+    cfg.merge_from_list(["CSALR.AMP", "none", "CSALR.CHANNELS_LAST", False])  # in fp32, without autocast
     check_network(cfg)
     network: Any = build_model(cfg)
     network.pixel_mean.zero_()  # the file normalises, or its user does

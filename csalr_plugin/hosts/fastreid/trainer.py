@@ -8,29 +8,32 @@ import math
 import signal
 import sys
 import warnings
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
+import fastreid
 import torch
 from fastreid.config import CfgNode
 from fastreid.data import build as host_data
 from fastreid.engine import DefaultTrainer, defaults, hooks
 from fastreid.engine.train_loop import HookBase
+from fastreid.evaluation import rank
 from fastreid.solver import build_optimizer
 from fastreid.utils import comm
-from fastreid.utils.events import EventWriter
+from fastreid.utils.events import CommonMetricPrinter, EventWriter
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.tensorboard.writer import SummaryWriter
 
 from csalr_plugin.attention.batch_norm import synchronise, world_size
 from csalr_plugin.errors import UserError, first_line, one_line
 from csalr_plugin.files import remove_unfinished, write_json
 from csalr_plugin.hosts.distributed import gathered, is_lost, is_main, one_first, share_buffers, together
-from csalr_plugin.hosts.fastreid.config import validate
+from csalr_plugin.hosts.fastreid.config import default_settings, validate
 from csalr_plugin.hosts.fastreid.datasets import check_data, check_target, data_root
-from csalr_plugin.hosts.fastreid.hooks import MetricsWriter, SafeWriter, TrainedLayers
+from csalr_plugin.hosts.fastreid.hooks import NEW_LAYERS, MetricsWriter, Records, SafeWriter, TrainedLayers
 from csalr_plugin.hosts.fastreid.launch import gone
 from csalr_plugin.hosts.fastreid.ranges import IDENTITY_SAMPLERS
 from csalr_plugin.hosts.fastreid.resume import (
@@ -38,14 +41,25 @@ from csalr_plugin.hosts.fastreid.resume import (
     load_training,
     training_settings,
 )
+from csalr_plugin.hosts.folder import file_stem
+from csalr_plugin.hosts.keys import check_phases
+from csalr_plugin.hosts.ranked import draw_ranked
+from csalr_plugin.hosts.records import (
+    METRICS,
+    Checkpoints,
+    about_checkpoint,
+    mean_precision,
+    never_fatal,
+    read_metrics,
+    show_embeddings,
+    write_line,
+)
+from csalr_plugin.hosts.report import REPORT, write_report
 from csalr_plugin.hosts.resume import name_parameters
 from csalr_plugin.hosts.script import replaced
 from csalr_plugin.hosts.training import keep_freed_memory, machine_failure, unwrapped
 from csalr_plugin.models import RefinedPCB, recipe
 from csalr_plugin.models.cost import count_gmacs, count_parameters
-
-# Children of the plugin's networks that have no ImageNet weights.
-_NEW_LAYERS = ("conv5", "classifier", "part_classifier", "attention", "supervision")
 
 logger = logging.getLogger(__name__.replace("csalr_plugin.hosts.fastreid", "fastreid.csalr"))
 
@@ -65,6 +79,9 @@ class Trainer(DefaultTrainer):  # type: ignore[misc]  # fast-reid carries no typ
     def __init__(self, cfg: CfgNode) -> None:
         with together():
             validate(cfg)
+            if cfg.MODEL.META_ARCHITECTURE.startswith("pcb_rpp"):
+                lengths = ("SOLVER.MAX_EPOCH", cfg.SOLVER.MAX_EPOCH, "CSALR.RPP.PCB_EPOCHS", cfg.CSALR.RPP.PCB_EPOCHS)
+                check_phases(*lengths, cfg.MODEL.META_ARCHITECTURE)
             check_data(cfg)
         with replaced(defaults, {"DistributedDataParallel": partial(_in_several_processes, cfg)}):
             super().__init__(cfg)
@@ -72,6 +89,8 @@ class Trainer(DefaultTrainer):  # type: ignore[misc]  # fast-reid carries no typ
         if not next(network.parameters()).is_cuda:
             keep_freed_memory()
         self.checkpointer.settings = training_settings(self.cfg)
+        self._kept = Checkpoints(cfg.CSALR.KEEP)
+        self._best = -1.0  # the best mAP so far, from 0 to 1
         self.warm_up = recipe.WarmUp(self.optimizer, cfg.CSALR.WARMUP)
         if recipe.applies_to(network):
             clip = _ClipGradients(network, cfg.CSALR.CLIP_GRADIENT)
@@ -186,8 +205,10 @@ class Trainer(DefaultTrainer):  # type: ignore[misc]  # fast-reid carries no typ
 
         If an evaluation fails, the weights of its epoch are saved first.
         """
-        own = []
+        own: list[HookBase] = []
         network = unwrapped(self.model)
+        if is_main():
+            own.append(Records(network, self.cfg, partial(_queries, self.cfg)))
         if self.cfg.MODEL.FREEZE_LAYERS or isinstance(network, RefinedPCB):
             own.append(TrainedLayers(network, self.cfg))
         theirs = []
@@ -200,14 +221,19 @@ class Trainer(DefaultTrainer):  # type: ignore[misc]  # fast-reid carries no typ
             if isinstance(hook, hooks.EvalHook):
                 hook._func = partial(self._evaluate, hook._func)
             if isinstance(hook, hooks.PeriodicCheckpointer):
-                hook.after_epoch = partial(_in_every_process, hook.after_epoch)
+                hook.best_metric = math.inf  # `_evaluate` saves the best checkpoint
+                hook.after_epoch = partial(_in_every_process, partial(self._save, hook.after_epoch))
         if not is_main():  # which alone saves
             theirs.append(hooks.CallbackHook(after_epoch=lambda _: _in_every_process()))
         return [*own, *theirs]
 
     def build_writers(self) -> list[EventWriter]:
-        """Return the host's writers of metrics. Their errors do not end the training."""
-        return [SafeWriter(writer) for writer in super().build_writers()]
+        """Return the host's writers of metrics but its printer, whose place `Records` takes.
+
+        Their errors do not end the training.
+        """
+        writers = super().build_writers()
+        return [SafeWriter(writer) for writer in writers if not isinstance(writer, CommonMetricPrinter)]
 
     def resume_or_load(self, resume: bool = True) -> None:
         """Resume from the last checkpoint in OUTPUT_DIR, or load MODEL.WEIGHTS.
@@ -231,6 +257,8 @@ class Trainer(DefaultTrainer):  # type: ignore[misc]  # fast-reid carries no typ
                 load_training(self, path)
             else:
                 super().resume_or_load(resume=False)
+        _, evaluations = read_metrics(Path(self.cfg.OUTPUT_DIR) / METRICS)
+        self._best = mean_precision([line for line in evaluations if line["epoch"] <= self.start_epoch])
         if len(epochs := set(gathered(self.start_epoch))) > 1:
             raise UserError(
                 f"--resume: the machines would resume from different epochs ({', '.join(map(str, sorted(epochs)))}); "
@@ -253,7 +281,10 @@ class Trainer(DefaultTrainer):  # type: ignore[misc]  # fast-reid carries no typ
         loop_logger = logging.getLogger("fastreid.engine.train_loop")
         loop_logger.addFilter(_without_trace)
         try:
-            return super().train()
+            results = super().train()
+            if is_main():
+                self._write_report()
+            return results
         except (RuntimeError, MemoryError) as error:
             if is_lost(error):
                 raise gone(self._last_checkpoint()) from error
@@ -302,9 +333,15 @@ class Trainer(DefaultTrainer):  # type: ignore[misc]  # fast-reid carries no typ
                 ) from cause
 
     def _evaluate(self, evaluate: Callable[[], Any]) -> Any:
-        """Call the host's evaluation after an epoch; if it fails, save the weights of that epoch."""
+        """Call the host's evaluation after an epoch, and save the checkpoint with the best mAP.
+
+        If the evaluation fails, the weights of that epoch are saved.
+        """
+        _Evaluated.epoch, _Evaluated.draws = self.epoch + 1, self.epoch + 1 >= self.max_epoch
         try:
-            return evaluate()
+            results = evaluate()
+            _in_every_process(partial(self._record_results, results))
+            return results
         except Exception as error:
             if getattr(self.checkpointer, "saved_epoch", -1) < self.epoch:
                 self.checkpointer.save(f"model_{self.epoch:04d}", epoch=self.epoch, metric=-1.0)
@@ -313,6 +350,39 @@ class Trainer(DefaultTrainer):  # type: ignore[misc]  # fast-reid carries no typ
                     f"The evaluation after epoch {self.epoch + 1} failed, and {self._how_to_go_on()}: {one_line(error)}"
                 ) from error
             raise
+        finally:
+            _Evaluated.epoch, _Evaluated.draws = 0, True
+
+    def _record_results(self, results: Mapping[str, Any]) -> None:
+        """Write results to ``metrics.jsonl``, and save the checkpoint if its mAP is the best so far."""
+        found = _by_dataset(self.cfg, results) if is_main() else {}
+        for dataset, numbers in found.items():
+            write_line(Path(self.cfg.OUTPUT_DIR), {"epoch": self.epoch + 1, "dataset": dataset, **numbers})
+        precision = mean_precision([{"epoch": self.epoch, **numbers} for numbers in found.values()])
+        if precision > self._best:
+            self._best = precision
+            logger.info(f"Best mAP so far, {precision:.1%}: model_best.pth")
+            self.checkpointer.save("model_best", epoch=self.epoch, metric=100 * precision)
+
+    def _save(self, save: Callable[[], None]) -> None:
+        """Let the host save its checkpoint, and remove the oldest ones beyond CSALR.KEEP."""
+        save()
+        path = Path(self.cfg.OUTPUT_DIR) / f"model_{self.epoch:04d}.pth"
+        if path.is_file():
+            self._kept.add(path)
+
+    def _write_report(self) -> None:
+        cfg, folder = self.cfg, Path(self.cfg.OUTPUT_DIR)
+        with never_fatal(f"the report {REPORT}"):
+            path = write_report(
+                folder,
+                host=f"fast-reid {fastreid.__version__}",
+                model=f"{cfg.MODEL.META_ARCHITECTURE} on {', '.join(cfg.DATASETS.NAMES)}",
+                settings=cfg.leaves(),
+                defaults=default_settings(),
+                checkpoints=[file.name for file in sorted(folder.glob("*.pth"), key=lambda file: file.stat().st_mtime)],
+            )
+            logger.info(f"Report of the training: {path}")
 
     def _last_checkpoint(self) -> str:
         return str(self.checkpointer.get_checkpoint_file())
@@ -322,27 +392,120 @@ class Trainer(DefaultTrainer):  # type: ignore[misc]  # fast-reid carries no typ
         return f"the last checkpoint is {last}, go on from it with --resume" if last else "start anew"
 
     @classmethod
+    def build_evaluator(cls, cfg: CfgNode, dataset_name: str, output_dir: str | None = None) -> tuple[Any, Any]:
+        """Build the loader and the host's evaluator of a dataset."""
+        loader, evaluator = super().build_evaluator(cfg, dataset_name, output_dir)
+        _Evaluated.parts.append((dataset_name, loader.dataset.img_items, evaluator))
+        return loader, evaluator
+
+    @classmethod
     def test(cls, cfg: CfgNode, model: nn.Module) -> Any:
         """Evaluate the first process's model as the host does, and write the results to OUTPUT_DIR/results.json.
+
+        The file also names the checkpoint, its epoch, the image size, the distance and whether it was re-ranked. After
+        the last epoch of a training, and without a training, the sheet of ranked results is drawn.
 
         Raises:
             UserError: a data set cannot be used.
         """
         share_buffers(model)
+        _Evaluated.parts.clear()
+        distances: list[Any] = []
+        host_rank = rank.evaluate_rank
+
+        def evaluate_rank(found: Any, *args: Any, **options: Any) -> Any:
+            distances.append(found)
+            return host_rank(found, *args, **options)
+
         try:
-            results = super().test(cfg, model)
+            with replaced(rank, {"evaluate_rank": evaluate_rank}):
+                results = super().test(cfg, model)
         except (RuntimeError, MemoryError) as error:
             if is_lost(error) or not (cause := machine_failure(error)):
                 raise
             raise UserError(f"The evaluation stopped: {cause}.") from error
         if comm.is_main_process() and cfg.OUTPUT_DIR:
-            numbers = json.loads(json.dumps(results, default=float))
-            path = Path(cfg.OUTPUT_DIR) / "results.json"
-            try:
-                write_json(path, numbers)
-            except OSError as error:
-                logger.warning(f"{path} cannot be written ({error.strerror})")
+            _write_results(cfg, results)
+            _show_results(cfg, distances)
+        _Evaluated.parts.clear()
         return results
+
+
+class _Evaluated:
+    """The evaluation that runs in this process.
+
+    Attributes:
+        epoch: completed epochs of the training; 0 for an evaluation without a training.
+        draws: whether to draw ranked results.
+        parts: name, images and evaluator of each dataset.
+    """
+
+    epoch = 0
+    draws = True
+    parts: ClassVar[list[tuple[str, Any, Any]]] = []
+
+
+def _write_results(cfg: CfgNode, results: Mapping[str, Any]) -> None:
+    """Write the file results.json."""
+    epoch, folder = _Evaluated.epoch, Path(cfg.OUTPUT_DIR)
+    if not epoch:
+        about = about_checkpoint(cfg.MODEL.WEIGHTS)
+    elif epoch >= cfg.SOLVER.MAX_EPOCH:
+        about = {"checkpoint": str(folder / "model_final.pth"), "epoch": epoch}
+    else:  # also the name of a checkpoint that CSALR.KEEP will remove
+        saved = epoch % cfg.SOLVER.CHECKPOINT_PERIOD == 0
+        about = {"checkpoint": str(folder / f"model_{epoch - 1:04d}.pth") if saved else None, "epoch": epoch}
+    about |= {"datasets": list(cfg.DATASETS.TESTS), "image_size": list(cfg.INPUT.SIZE_TEST)}
+    about |= {"dist_metric": cfg.TEST.METRIC, "rerank": cfg.TEST.RERANK.ENABLED, "flip": cfg.TEST.FLIP.ENABLED}
+    path = folder / "results.json"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(path, {**about, **json.loads(json.dumps(results, default=float))})
+    except OSError as error:
+        logger.warning(f"{path} cannot be written ({error.strerror})")
+
+
+def _show_results(cfg: CfgNode, distances: Sequence[Any]) -> None:
+    """Draw the sheets of ranked results, and show the queries' embeddings in TensorBoard's projector."""
+    for (name, items, evaluator), found in zip(_Evaluated.parts, distances, strict=False):
+        queries = len(found)
+        if _Evaluated.draws:
+            with never_fatal("the picture of ranked results"):
+                path = Path(cfg.OUTPUT_DIR) / f"ranked_{file_stem(name)}.png"
+                draw_ranked(path, found, items[:queries], items[queries:], title=name)
+                logger.info(f"Ranked results drawn to {path}")
+        if cfg.CSALR.TENSORBOARD.PROJECTOR and evaluator._predictions:
+            with never_fatal("the embeddings in TensorBoard's projector"):
+                # The first process embeds the first images, which are queries.
+                embeddings = torch.cat([batch["feats"] for batch in evaluator._predictions])[:queries]
+                identities, cameras = ([item[place] for item in items[: len(embeddings)]] for place in (1, 2))
+                writer = _projector(cfg.OUTPUT_DIR)
+                show_embeddings(writer, file_stem(name), embeddings, identities, cameras, _Evaluated.epoch)
+
+
+@cache
+def _projector(folder: str) -> SummaryWriter:
+    """Return the writer of the embeddings in a folder: a second one would replace the list of embeddings."""
+    return SummaryWriter(folder)
+
+
+def _by_dataset(cfg: CfgNode, results: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+    """Return mAP and "rank-1", "rank-5", ... of each dataset, from 0 to 1, from the host's results in per cent."""
+    each = {cfg.DATASETS.TESTS[0]: results} if len(cfg.DATASETS.TESTS) == 1 else results
+    return {
+        dataset: {
+            name.replace("Rank", "rank"): float(value) / 100
+            for name, value in numbers.items()
+            if name == "mAP" or name.startswith("Rank-")
+        }
+        for dataset, numbers in each.items()
+    }
+
+
+def _queries(cfg: CfgNode, most: int = 2) -> torch.Tensor:
+    """Return the first query images of the first target, (B, 3, H, W), RGB from 0 to 255."""
+    loader, _ = Trainer.build_test_loader(cfg, cfg.DATASETS.TESTS[0])
+    return torch.stack([loader.dataset[index]["images"].float() for index in range(min(most, len(loader.dataset)))])
 
 
 def _assign_rates(cfg: CfgNode, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
@@ -352,7 +515,7 @@ def _assign_rates(cfg: CfgNode, model: nn.Module, optimizer: torch.optim.Optimiz
     """
     role_of = recipe.parameter_roles(model)
     # fast-reid itself applies HEADS_LR_FACTOR to the child `heads` of its own networks.
-    new = {parameter for name, parameter in model.named_parameters() if name.split(".")[0] in _NEW_LAYERS}
+    new = {parameter for name, parameter in model.named_parameters() if name.split(".")[0] in NEW_LAYERS}
     groups: dict[tuple[Any, ...], dict[str, Any]] = {}
     for group in optimizer.param_groups:
         parameter = group["params"][0]

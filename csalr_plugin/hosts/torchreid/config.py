@@ -375,6 +375,7 @@ _OF_THE_RUN = {
     "test.visrank",
     "csalr.pretrained_weights",
     "csalr.compile",
+    "csalr.keep",
     "csalr.overwrite",
 }
 

@@ -37,6 +37,7 @@ from csalr_plugin.hosts.records import (
     phase_line,
     read_metrics,
 )
+from csalr_plugin.hosts.report import REPORT, write_report
 from csalr_plugin.hosts.torchreid.config import active_config, training_keys
 from csalr_plugin.hosts.torchreid.loading import (
     check_batches,
@@ -346,12 +347,28 @@ class _PluginTraining(_HostEngine):
             keep_freed_memory()
         try:
             super().run(save_dir=save_dir, **options)
+            if trains and distributed.is_main():
+                self._write_report()
         except (RuntimeError, MemoryError) as error:
             if distributed.is_lost(error):
                 raise self._lost(error) from error
             if cause := machine_failure(error):
                 raise UserError(f"Stopped after epoch {self.epoch + 1}: {cause}. {self._last_checkpoint()}.") from error
             raise
+
+    def _write_report(self) -> None:
+        config = self.settings_of_run
+        with never_fatal(f"the report {REPORT}"):
+            files = sorted((self.save_dir / "model").glob("model*"), key=lambda path: path.stat().st_mtime)
+            path = write_report(
+                self.save_dir,
+                host=f"torchreid {torchreid.__version__}",
+                model=f"{config.model.name} on {', '.join(config.data.sources)}",
+                settings=config.leaves(),
+                defaults=config.defaults,
+                checkpoints=[file.name for file in files],
+            )
+            print(f'Report of the training: "{path}"')
 
     def train(self, *args: Any, **options: Any) -> None:
         """Train one epoch, then save a checkpoint.

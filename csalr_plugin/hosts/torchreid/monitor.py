@@ -25,12 +25,12 @@ from csalr_plugin.hosts.records import (
     forget_later,
     learning_rates,
     never_fatal,
+    show_embeddings,
     write_line,
 )
 from csalr_plugin.hosts.torchreid.config import active_config
 from csalr_plugin.models import PCB, recipe
 
-_MOST_EMBEDDINGS = 1000  # in the projector, which is a page in a browser
 _MAP_IMAGES = 2
 
 
@@ -232,15 +232,3 @@ class Monitor:
         device = next(engine.network.parameters()).device
         for stage, pictures in map_pictures(engine.network, images.to(device), images * std + mean).items():
             engine.writer.add_images(f"Maps/{stage}", pictures, engine.epoch + 1)
-
-
-def show_embeddings(
-    writer: Any, dataset: str, embeddings: Tensor, identities: np.ndarray, cameras: np.ndarray, epoch: int
-) -> None:
-    """Write embeddings (N, width) to the projector of a TensorBoard writer, at most 1000, in 64 dimensions."""
-    given = embeddings[:_MOST_EMBEDDINGS]
-    # 12288 numbers per query would make files of 100 MB and more; 64 principal directions keep the neighbours.
-    left, size, _ = torch.pca_lowrank(given, q=min(64, *given.shape))
-    labels = [list(map(str, pair)) for pair in zip(identities[: len(given)], cameras[: len(given)], strict=True)]
-    writer.add_embedding(left * size, labels, metadata_header=["identity", "camera"], global_step=epoch, tag=dataset)
-    writer.flush()

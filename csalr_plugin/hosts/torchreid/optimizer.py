@@ -14,6 +14,7 @@ from csalr_plugin.hosts.resume import name_parameters
 from csalr_plugin.hosts.torchreid.config import active_config
 from csalr_plugin.hosts.training import unwrapped
 from csalr_plugin.models import recipe
+from csalr_plugin.models.weights import NEW_LAYERS
 
 _build_host_optimizer = torchreid.optim.build_optimizer
 
@@ -29,11 +30,15 @@ def build_optimizer(model: nn.Module, *args: Any, **kwargs: Any) -> torch.optim.
         args, kwargs: those of the host's ``torchreid.optim.build_optimizer``.
 
     Raises:
-        UserError: a name in `new_layers` is no layer of the model, with `staged_lr`.
+        UserError: with `staged_lr`, a name in `new_layers` is neither a layer of this model nor of another of the
+            plugin's models.
     """
     network = unwrapped(model)
     if kwargs.get("staged_lr"):
-        check_layers(network, kwargs.get("new_layers", ()), "train.new_layers")
+        given = kwargs.get("new_layers", ())
+        names = [given] if isinstance(given, str) else given
+        # A config file for all of the plugin's models may name layers that only some of them have.
+        check_layers(network, [name for name in names if name not in NEW_LAYERS], "train.new_layers")
     optimizer = _build_host_optimizer(model, *args, **kwargs)
     if recipe.attention_blocks(network):
         _give_roles(optimizer, network)
