@@ -25,7 +25,7 @@ from csalr_plugin.version import __version__
 
 _DESCRIPTION = "SA, CSA and CSALR attention for person re-identification, inside torchreid or fast-reid."
 _EPILOG = """commands:
-  train           train, evaluate or resume a model through torchreid
+  train           train, evaluate or resume a model through torchreid, or with --host fastreid through fast-reid
   run             run an unmodified train script of torchreid or fast-reid with the plugin loaded
   models          list the models with their cost, and the default settings
   demo            make a small data set, train pcb_csalr on it, show the accuracy before and after
@@ -38,7 +38,10 @@ _EPILOG = """commands:
 
 example:
   csalr train --config-file configs/torchreid/pcb_384x128_sgd.yaml \\
-    -s market1501 -t market1501 --root reid-data MODEL.NAME pcb_csalr"""
+    -s market1501 -t market1501 --root reid-data MODEL.NAME pcb_csalr
+  csalr train --host fastreid --config-file pcb_384x128_sgd.yml MODEL.META_ARCHITECTURE pcb_csalr"""
+
+HOSTS = ("torchreid", "fastreid")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -68,6 +71,13 @@ def _main(argv: Sequence[str]) -> None:
 
 
 def _train(argv: Sequence[str]) -> None:
+    host, argv = _host_and_rest(argv)
+    if host == "fastreid":
+        with needs("fastreid", "csalr train --host fastreid"), ctrl_c_ends_at_once():
+            train_net = importlib.import_module("csalr_plugin.projects.fastreid.train_net")
+        sys.argv = ["csalr train --host fastreid", *argv]
+        train_net.run()
+        return
     with needs("torchreid", "csalr train"):
         with ctrl_c_ends_at_once():
             from csalr_plugin.hosts.torchreid.arguments import config_from_arguments, parse_arguments
@@ -78,6 +88,21 @@ def _train(argv: Sequence[str]) -> None:
                 raise SharedError(str(error)) from None  # torchrun gives every process the same arguments
             from csalr_plugin.hosts.torchreid.train import train
         train(config)
+
+
+def _host_and_rest(argv: Sequence[str]) -> tuple[str, list[str]]:
+    """Return the value of ``--host``, torchreid by default, and the other words of `csalr train`."""
+    host, rest, words = "torchreid", list[str](), list(argv)
+    while words:
+        word = words.pop(0)
+        flag, equals, value = word.partition("=")
+        if flag != "--host":
+            rest.append(word)
+            continue
+        host = value if equals else words.pop(0) if words else ""
+        if host not in HOSTS:
+            raise SharedError(f"--host {shown(host)} is not known; it must be one of {', '.join(HOSTS)}.")
+    return host, rest
 
 
 def _run(argv: Sequence[str]) -> None:
@@ -91,7 +116,7 @@ def _run(argv: Sequence[str]) -> None:
             "    --config-file configs/torchreid/pcb_384x128_sgd.yaml \\\n"
             "    -s market1501 -t market1501 --root reid-data MODEL.NAME pcb_csalr csalr.groups 2\n"
             "  csalr run fast-reid/tools/train_net.py \\\n"
-            "    --config-file projects/fastreid/configs/pcb_384x128_sgd.yml MODEL.NAME pcb_csalr",
+            "    --config-file pcb_384x128_sgd.yml MODEL.NAME pcb_csalr",
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         if not argv:
@@ -178,8 +203,7 @@ def _demo(argv: Sequence[str]) -> None:
     )
     parser.add_argument("--out", type=path_argument, required=True, metavar="DIR", help="folder of data and runs")
     parser.add_argument("--seed", type=seed_argument, default=0, metavar="N", help="seed of data and training (0)")
-    hosts = ("torchreid", "fastreid")
-    parser.add_argument("--host", choices=hosts, default="torchreid", help="the host that trains (torchreid)")
+    parser.add_argument("--host", choices=HOSTS, default="torchreid", help="the host that trains (torchreid)")
     given = parser.parse_args(argv)
     with needs(given.host, f"csalr demo --host {given.host}" if given.host == "fastreid" else "csalr demo"):
         with ctrl_c_ends_at_once():

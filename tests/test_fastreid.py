@@ -482,7 +482,8 @@ def test_the_hosts_own_script_trains_resumes_and_evaluates_and_torchreid_agrees(
     assert all(file.read_bytes() == content for file, content in before.items())
     assert {file.parent for file in after - set(before)} == {out / "evaluation"}
     again = results(out / "evaluation")
-    assert again == pytest.approx(results(out), abs=1e-3)
+    scores = {name: value for name, value in again.items() if isinstance(value, float)}
+    assert len(scores) == 6 and scores == pytest.approx({name: results(out)[name] for name in scores}, abs=1e-3)
     assert again["checkpoint"] == str(out / "model_final.pth") and again["epoch"] == 2
     assert (again["image_size"], again["dist_metric"], again["rerank"]) == ([128, 64], "euclidean", False)
 

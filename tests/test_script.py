@@ -17,6 +17,7 @@ from PIL import Image
 
 from csalr_plugin.commands import main
 from csalr_plugin.errors import UserError
+from csalr_plugin.hosts.script import find_host
 from csalr_plugin.hosts.torchreid.config import active_config, default_config
 from csalr_plugin.hosts.torchreid.script import run_script
 from csalr_plugin.hosts.torchreid.train import check_isfile
@@ -329,18 +330,34 @@ def test_a_missing_script_or_checkpoint_is_one_line(tmp_path: Path) -> None:
     assert check_isfile(__file__) is True
 
 
-@pytest.mark.parametrize("installed", [True, False])
-def test_the_scripts_own_torchreid_is_used_only_where_none_is_installed(
-    installed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("installed", "beside", "wanted"),
+    [(True, True, "the script's repository"), (False, True, "the script's repository"), (True, False, "the installed")],
+)
+def test_the_host_in_the_repository_of_the_script_comes_before_the_installed_one_and_is_named(
+    installed: bool,
+    beside: bool,
+    wanted: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    (tmp_path / "torchreid").mkdir()
-    (tmp_path / "torchreid" / "__init__.py").write_text("")
-    (tmp_path / "scripts").mkdir()
-    (tmp_path / "scripts" / "own.py").write_text(f"import sys; print({str(tmp_path)!r} in sys.path)")
-    find = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: find(name) if installed else None)
-    run_script(tmp_path / "scripts" / "own.py", [])
-    assert capsys.readouterr().out == f"{not installed}\n"
+    for folder, present in (("site", installed), ("checkout", beside)):
+        (tmp_path / folder / "reid_host").mkdir(parents=True)
+        if present:
+            (tmp_path / folder / "reid_host" / "__init__.py").write_text(f"where = {folder!r}")
+    monkeypatch.setattr(sys, "path", [str(tmp_path / "site"), *sys.path])
+    find_host("reid_host", tmp_path / "checkout" / "tools" / "train_net.py")
+    try:
+        host = importlib.import_module("reid_host")
+        assert host.where == ("checkout" if beside else "site")
+        assert f"csalr run: reid_host is {wanted}" in capsys.readouterr().out
+        (tmp_path / "other" / "reid_host").mkdir(parents=True)
+        (tmp_path / "other" / "reid_host" / "__init__.py").touch()
+        find_host("reid_host", tmp_path / "other" / "tools" / "train_net.py")
+        assert importlib.import_module("reid_host") is host  # which was imported already
+    finally:
+        sys.modules.pop("reid_host", None)
 
 
 @pytest.mark.skipif("TORCHREID_REPO" not in os.environ, reason="TORCHREID_REPO names no checkout of torchreid")
@@ -423,6 +440,7 @@ def test_every_command_has_help_with_an_example(command: str, capsys: pytest.Cap
         (["models", "--height", "0"], "--height: '0' must be an integer from 16 to 4096"),
         (["demo"], "--out"),
         (["train", "modle.name", "pcb"], "'model.name'"),
+        (["train", "--host", "mmreid"], "--host 'mmreid' is not known; it must be one of torchreid, fastreid"),
     ],
 )
 def test_a_wrong_command_line_is_one_line(words: list[str], complaint: str, capsys: pytest.CaptureFixture[str]) -> None:

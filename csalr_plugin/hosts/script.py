@@ -74,11 +74,19 @@ def interpreter_state(folder: Path, *modules: str) -> Iterator[None]:
 
 
 def find_host(name: str, script: Path) -> None:
-    """Make the host importable from the repository of `script`, one folder up, if it is not installed."""
+    """Import the host from the repository of `script`, one folder up, before an installed package; print which it is.
+
+    A host that this process has imported already stays.
+    """
     checkout = script.parent.parent
-    if importlib.util.find_spec(name) is None and (checkout / name / "__init__.py").is_file():
-        sys.path.insert(1, str(checkout))
+    if name not in sys.modules and (checkout / name / "__init__.py").is_file():
+        sys.path.insert(0, str(checkout))
         importlib.invalidate_caches()
+    spec = importlib.util.find_spec(name)
+    if spec is not None and os.environ.get("RANK", "0") == "0":
+        folder = Path(spec.origin).parent if spec.origin else checkout / name
+        kind = "the script's repository" if checkout in folder.parents else "the installed package"
+        print(f"csalr run: {name} is {kind}, {folder}")
 
 
 def imports(name: str, script: Path) -> bool:

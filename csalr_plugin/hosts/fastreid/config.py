@@ -76,18 +76,14 @@ class Config(CheckedConfig, CfgNode):  # type: ignore[misc]  # fast-reid carries
         """Merge a YAML file and, before it, the file that its key ``_BASE_`` names.
 
         Args:
-            cfg_filename: path of the file.
+            cfg_filename: path of the file, or name of one of the plugin's own; see `find_config`.
             allow_unsafe: has no effect; a config file never runs code.
 
         Raises:
             UserError: a file is missing, is not YAML or names itself as its base; and the errors of `merge_from_list`.
         """
         contents: list[Mapping[str, Any]] = []
-        path, seen = Path(cfg_filename).expanduser(), set[Path]()
-        if not str(cfg_filename) or not os.path.isfile(path):
-            raise UserError(
-                f"config file {shown(str(cfg_filename))} does not exist; give a .yml file with --config-file."
-            )
+        path, seen = find_config(cfg_filename), set[Path]()
         while path.resolve() not in seen:
             seen.add(path.resolve())
             content = dict(read_yaml(path))
@@ -276,6 +272,26 @@ def _check_name(key: str, name: str, registry: Any, *more: str) -> None:
         raise UserError(
             f"config key '{key}' is {shown(name)}; it must be one of {', '.join(allowed)}.{suggest(name, allowed)}"
         )
+
+
+def find_config(path: str | Path) -> Path:
+    """Return the file that `path` names: the path itself, or else the plugin's own file of that name.
+
+    The plugin's own files are found by their bare name and as ``projects/fastreid/configs/NAME`` in every folder.
+
+    Raises:
+        UserError: there is no such file; the message lists the plugin's own.
+    """
+    given = Path(path).expanduser()
+    if str(path) and os.path.isfile(given):  # False also for a name that is too long
+        return given
+    own = {file.name: file for file in sorted(own_config("").glob("*.yml"))}
+    if given.name in own and given.parent.as_posix() in (".", "projects/fastreid/configs"):
+        return own[given.name]
+    raise UserError(
+        f"config file {shown(str(path))} does not exist; give a .yml file with --config-file, or the name of one of "
+        f"the plugin's own: {', '.join(own)}.{suggest(given.name, own)}"
+    )
 
 
 def own_config(name: str) -> Path:

@@ -22,7 +22,7 @@ from csalr_plugin.errors import UserError, shown
 from csalr_plugin.files import make_writable_folder
 from csalr_plugin.hosts.config import recordable, recorded_settings
 from csalr_plugin.hosts.distributed import is_main, local_world_size, together
-from csalr_plugin.hosts.fastreid.config import Config, add_csalr_config, default_settings
+from csalr_plugin.hosts.fastreid.config import Config, add_csalr_config, default_settings, find_config
 from csalr_plugin.hosts.folder import file_stem
 from csalr_plugin.hosts.records import METRICS, differing, evaluation_folder, loader_workers
 from csalr_plugin.hosts.resume import load_optimizer_state, replay_schedule
@@ -73,7 +73,7 @@ def default_setup(cfg: CfgNode, args: Any) -> None:
         resumes = getattr(args, "resume", False) and not getattr(args, "eval_only", False)
         lines = take_settings(cfg) if resumes and isinstance(cfg, Config) else []
     if getattr(args, "config_file", ""):
-        args.config_file = os.path.expanduser(args.config_file)  # the host copies the file into the log
+        args.config_file = str(find_config(args.config_file))  # the host copies the file into the log
     with _long_records_in_file():
         _host_default_setup(cfg, args)
     if isinstance(cfg, Config):

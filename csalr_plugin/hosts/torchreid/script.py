@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import re
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -37,7 +38,7 @@ def run_script(path: str | Path, argv: Sequence[str]) -> None:
     plugin's node and checks, keys may be in any case, no override is lost, and the plugin's engine, optimizer and
     checkpoint loading replace those of the host during the run.
 
-    The installed torchreid is used, or else that of the script's own repository.
+    The torchreid of the script's own repository is used, or else the installed one.
 
     Raises:
         UserError: there is no such script, or something that the user gave cannot be used.
@@ -51,7 +52,8 @@ def run_script(path: str | Path, argv: Sequence[str]) -> None:
     script = find_script(path)
     with ExitStack() as stack:
         stack.enter_context(interpreter_state(script.parent, "default_config"))
-        find_host("torchreid", script)
+        if "torchreid" not in sys.modules:
+            find_host("torchreid", script)
         register()
         if (script.parent / "default_config.py").is_file():
             argv = stack.enter_context(_plugin_in_place(argv))
