@@ -144,17 +144,23 @@ def _models(argv: Sequence[str]) -> None:
         prog="csalr models",
         description="List the models: parameters in training, multiply-accumulate operations of one image at "
         "test time (every matrix product counted) and the width of the embedding; then the settings.",
-        epilog="example:\n  csalr models --height 256 --width 128",
+        epilog="example:\n  csalr models --height 256 --width 128\n  csalr models --zoo",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     identities = argument(integer(1, 10_000_000))
     for name, kind, default, meaning in (
-        ("height", side_argument, 384, "image height"),
+        ("height", side_argument, 384, "image height; 256 with --zoo"),
         ("width", side_argument, 128, "image width"),
         ("num-classes", identities, 751, "training identities"),
     ):
         parser.add_argument(f"--{name}", type=kind, default=default, metavar="N", help=f"{meaning} ({default})")
+    parser.add_argument("--zoo", action="store_true", help="list torchreid's models with attention")
+    if "--zoo" in argv:
+        parser.set_defaults(height=256)
     given = parser.parse_args(argv)
+    if given.zoo:
+        _zoo(given)
+        return
 
     with ctrl_c_ends_at_once():
         import torch
@@ -174,6 +180,16 @@ def _models(argv: Sequence[str]) -> None:
     print(f"\nfor images of {given.height}x{given.width} and {given.num_classes} identities; the settings:\n")
     settings = [(f"csalr.{key.name}", _as_typed(key.default), key.comment) for key in KEYS]
     print(_columns(("key", "default", "meaning"), settings, "<<<"))
+
+
+def _zoo(given: argparse.Namespace) -> None:
+    with needs("torchreid", "csalr models --zoo"), ctrl_c_ends_at_once():
+        from csalr_plugin.hosts.torchreid import zoo
+
+        rows = list(zoo.costs(given.height, given.width, given.num_classes))
+    header = ("model", "blocks after (csalr.after)", "image", "parameters (M)", "GMACs", "embedding")
+    print(_columns(header, rows, "<<<>>>"))
+    print(f"\nfor {given.num_classes} identities; with _sa or _csa in place of _csalr, another attention.")
 
 
 def _as_typed(value: object) -> str:

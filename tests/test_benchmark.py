@@ -299,7 +299,22 @@ def test_bench_zoo_measures_the_hosts_models_beside_ours(tmp_path: Path) -> None
     assert counts["pcb_p6"]["gmacs"] < counts["pcb_csalr"]["gmacs"]
     assert all(one["checkpoint_bytes"] > 4 * one["parameters"] for one in counts.values())
     assert "| pcb_csalr" in (tmp_path / "zoo.md").read_text()
+    assert "with CSALR / without" not in (tmp_path / "zoo.md").read_text()
     assert (tmp_path / "zoo.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_bench_zoo_compares_a_model_with_csalr_to_the_plain_one(tmp_path: Path) -> None:
+    models = ["mobilenetv2_x1_0", "mobilenetv2_x1_0_csalr"]
+    assert main([*ZOO, "--out", str(tmp_path), "--repeats", "2", "--only", *models]) == 0
+    found = results_of(tmp_path, "zoo")
+    plain, twin = (found["counts"][name] for name in models)
+    ratios = found["summary"]["mobilenetv2_x1_0_csalr"]["ratios"]
+    assert ratios["parameters"] == twin["parameters"] / plain["parameters"] > 1
+    assert ratios["gmacs"] == twin["gmacs"] / plain["gmacs"] > 1
+    times = [[sample[name]["latency_seconds"] for name in models] for sample in found["rounds"]]
+    assert ratios["latency"]["median"] == pytest.approx(sum(own / other for other, own in times) / 2)
+    row = f"| mobilenetv2_x1_0       | {ratios['parameters']:.2f}         | {ratios['gmacs']:.2f}    |"
+    assert row in (tmp_path / "zoo.md").read_text()
 
 
 def test_bench_zoo_adds_the_accuracy_of_given_weights_without_timing_again(tmp_path: Path, tiny_data: Path) -> None:

@@ -1,7 +1,8 @@
-"""The models of torchreid beside the plugin's: size, operations, speed, and accuracy where weights are given.
+"""The models of torchreid, the same with CSALR, and the plugin's PCB models: size, operations, speed, and accuracy.
 
-Every model embeds the same images in turn. With --root, -s and --weights the host's data manager and evaluator add mAP
-and rank-1. README.md in projects/benchmark explains each figure.
+A second table has the figures with CSALR as ratios to those without. Every model embeds the same images in turn. With
+--root, -s and --weights the host's data manager and evaluator add mAP and rank-1. README.md in projects/benchmark
+explains each figure.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ from tqdm import tqdm
 from csalr_plugin.command_line import batch_argument, path_argument, side_argument
 from csalr_plugin.errors import UserError, shown, suggest
 from csalr_plugin.hosts.folder import is_folder_name
-from csalr_plugin.models import MODEL_NAMES
+from csalr_plugin.hosts.torchreid.zoo import FIXED_SIZES
+from csalr_plugin.models import MODEL_NAMES, split_attention
 from csalr_plugin.models.cost import count_gmacs, count_parameters
 
 from .harness import (
@@ -49,9 +51,8 @@ HOST_MODELS = (
     "osnet_ain_x1_0",
     "mobilenetv2_x1_0",
 )
-MODELS = (*HOST_MODELS, *MODEL_NAMES)
-# HACNN accepts one image size only.
-FIXED_SIZES = {"hacnn": (160, 64)}
+TWINS = {f"{name}_csalr": name for name in HOST_MODELS}  # a host's model with attention, and the plain one
+MODELS = (*(one for twin, name in TWINS.items() for one in (name, twin)), *MODEL_NAMES)
 NUM_CLASSES = 751  # as Market-1501 has
 
 
@@ -143,8 +144,8 @@ def checkpoints(options: argparse.Namespace, names: Sequence[str]) -> dict[str, 
 
 
 def image_size(name: str, height: int, width: int) -> tuple[int, int]:
-    """Return the image height and width for a model."""
-    return FIXED_SIZES.get(name, (height, width))
+    """Return the image height and width for a model; HACNN accepts one size only."""
+    return FIXED_SIZES.get(split_attention(name)[0], (height, width))
 
 
 def build(name: str) -> nn.Module:
@@ -255,7 +256,21 @@ def summarise(results: Results) -> dict[str, Any]:
         throughput = Statistic.of([batch_size / sample for sample in results.samples(name, "batch_seconds")])
         counts = {figure: value for figure, value in results.counts[name].items() if figure != "evaluated"}
         summary[name] = {**counts, "latency_seconds": latency.__dict__, "images_per_second": throughput.__dict__}
+        if (plain := TWINS.get(name)) in results.identity["settings"]["models"]:
+            summary[name]["ratios"] = ratios(results, name, str(plain))
     return summary
+
+
+def ratios(results: Results, name: str, plain: str) -> dict[str, Any]:
+    """Return the figures of a model with attention as ratios to those of the plain model, times round by round."""
+    found: dict[str, Any] = {
+        figure: results.counts[name][figure] / results.counts[plain][figure] for figure in ("parameters", "gmacs")
+    }
+    for figure, sample in (("latency", "latency_seconds"), ("throughput", "batch_seconds")):
+        pairs = zip(results.samples(name, sample), results.samples(plain, sample), strict=True)
+        statistic = Statistic.of([own / other if figure == "latency" else other / own for own, other in pairs])
+        found[figure] = statistic.__dict__
+    return found
 
 
 def report(results: Results) -> None:
@@ -301,7 +316,23 @@ def report(results: Results) -> None:
     )
     draw(results, targets)
     table = tabulate(lines, header, tablefmt="github", disable_numparse=True)
+    if compared := ratio_rows(results.summary):
+        header = ["with CSALR / without", "parameters", "GMACs", "latency", "images/s"]
+        table += "\n\n" + tabulate(compared, header, tablefmt="github", disable_numparse=True)
     write_report(results, "The host's models and the plugin's", table, notes)
+
+
+def ratio_rows(summary: dict[str, Any]) -> list[tuple[str, ...]]:
+    """Return a row for each model with attention whose plain model was measured too."""
+    return [
+        (
+            TWINS[name],
+            *(f"{row['ratios'][figure]:.2f}" for figure in ("parameters", "gmacs")),
+            *(str(Statistic(**row["ratios"][figure])) for figure in ("latency", "throughput")),
+        )
+        for name, row in summary.items()
+        if "ratios" in row
+    ]
 
 
 def draw(results: Results, targets: Sequence[str]) -> None:
@@ -318,7 +349,7 @@ def draw(results: Results, targets: Sequence[str]) -> None:
     figure, axes = pyplot().subplots(1, len(panels), figsize=size, sharey=True, layout="constrained")
     for axis, (title, value) in zip(axes, panels, strict=True):
         values = [value(results.summary[name]) for name in names]
-        colours = ["tab:blue" if name in MODEL_NAMES else "tab:gray" for name in names]
+        colours = ["tab:gray" if name in HOST_MODELS else "tab:blue" for name in names]
         bars = axis.barh(range(len(names)), values, color=colours, alpha=0.8)
         axis.bar_label(bars, ["" if math.isnan(one) else f" {one:.3g}" for one in values], fontsize=8)
         axis.margins(x=0.15)

@@ -35,10 +35,12 @@ from csalr_plugin.errors import UserError, shown
 from csalr_plugin.files import make_writable_folder, write_json
 from csalr_plugin.hosts import keys
 from csalr_plugin.hosts.images import read_image
+from csalr_plugin.hosts.torchreid import register
 from csalr_plugin.hosts.torchreid.arguments import config_from_arguments, parse_arguments
-from csalr_plugin.hosts.torchreid.config import Config
-from csalr_plugin.models import build_model
+from csalr_plugin.hosts.torchreid.config import Config, set_active_config
+from csalr_plugin.hosts.torchreid.train import build_model
 from csalr_plugin.models.inspect import block_inputs
+from csalr_plugin.models.recipe import attention_blocks
 from csalr_plugin.models.weights import load_weights
 
 from .folder import newest_checkpoint
@@ -156,18 +158,14 @@ def load_network(config: Config, checkpoint: Path | None) -> Network:
     Raises:
         UserError: the model has no attention, or the checkpoint does not fit it or has no attention blocks.
     """
-    name, settings = config.model.name, config.csalr
-    model = build_model(
-        name,
-        2,
-        pretrained=config.model.pretrained and checkpoint is None,
-        pretrained_weights=settings.pretrained_weights,
-        groups=settings.groups,
-        landmarks=settings.landmarks,
-        stages=settings.stages,
-        key_ratio=settings.key_ratio,
-    ).eval()
-    if not model.attention:
+    name = config.model.name
+    register()
+    previous = set_active_config(config)
+    try:
+        model = build_model(name, 2, pretrained=config.model.pretrained and checkpoint is None, use_gpu=False).eval()
+    finally:
+        set_active_config(previous)
+    if not attention_blocks(model):
         raise UserError(f"model.name '{name}' has no attention; give a model with attention, such as pcb_csalr.")
     if checkpoint is not None:
         left = load_weights(model, checkpoint).left
@@ -178,7 +176,7 @@ def load_network(config: Config, checkpoint: Path | None) -> Network:
             )
     if torch.cuda.is_available() and config.use_gpu:
         model = model.cuda()
-    blocks = {stage: block for stage, block in model.attention.items() if isinstance(block, AttentionBlock)}
+    blocks = attention_blocks(model)
     return Network(model, blocks, name, config)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from csalr_plugin.errors import UserError
@@ -38,7 +38,7 @@ _LAYERS_BY_NAME = {
     "squeezenet1_0_fc512": ("features.5", "features.10", "features.12"),
     "squeezenet1_1": ("features.4", "features.7", "features.12"),
 }
-FIXED_SIZES = {"hacnn": (160, 64)}
+FIXED_SIZES = {"hacnn": (160, 64), "mudeep": (256, 128)}
 """Models of the host that accept one image size only: height and width."""
 
 
@@ -96,3 +96,29 @@ def _entry(registry: Mapping[str, Callable[..., Any]], name: str, attention: str
         )
 
     return build
+
+
+def costs(height: int, width: int, num_classes: int) -> Iterator[tuple[str, str, str, str, str, str]]:
+    """Yield a row for each model of torchreid with CSALR: name, layers, image, parameters, GMACs and embedding.
+
+    Args:
+        height, width: size of the images; a model with a fixed size keeps it.
+        num_classes: number of training identities.
+    """
+    import torch
+    from tqdm import tqdm
+
+    from csalr_plugin.hosts.torchreid import model_registry
+    from csalr_plugin.models.cost import count_gmacs, count_parameters
+
+    registry = model_registry()
+    for name in tqdm(host_names(registry), desc="counting", unit="model", leave=False):
+        if not (layers := default_layers(registry, name)):
+            continue
+        size = FIXED_SIZES.get(name, (height, width))
+        # On "meta" nothing is computed. HACNN computes a value while it is built.
+        with torch.device("cpu" if name == "hacnn" else "meta"):
+            model = registry[f"{name}_csalr"](num_classes=num_classes, loss="softmax", pretrained=False, use_gpu=False)
+            embedding = model.eval()(torch.zeros(1, 3, *size)).shape[1]
+        costs = f"{count_parameters(model) / 1e6:.2f}", f"{count_gmacs(model, *size):.2f}", str(embedding)
+        yield (f"{name}_csalr", ",".join(layers), "x".join(map(str, size)), *costs)
