@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -283,20 +282,18 @@ class Exporter:
 
     def write_openvino(self, path: Path) -> Run:
         """Write OpenVINO's .xml and .bin files; return a function that runs them in OpenVINO."""
-        import onnx
         import openvino
 
-        with tempfile.TemporaryDirectory() as folder:
-            source = Path(folder) / "model.onnx"
-            onnx.save(self.onnx_model, source)
-            model = openvino.convert_model(source)
+        core = openvino.Core()
+        # Not openvino.convert_model, which reports its use over the network.
+        model = core.read_model(self.onnx_model.SerializeToString())
         for name, value in self.metadata.items():
             model.set_rt_info(value, ["model_info", name])
         # OpenVINO would store the weights in fp16 by default.
         openvino.save_model(model, path, compress_to_fp16=False)
         # Newer CPUs would compute in bf16 by default.
         settings = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": torch.get_num_threads()}
-        compiled = openvino.Core().compile_model(path, "CPU", settings)
+        compiled = core.compile_model(path, "CPU", settings)
         return lambda images: torch.from_numpy(compiled({"images": images.numpy()})["output"].copy())
 
     def write_torchscript(self, path: Path) -> Run:
@@ -462,7 +459,7 @@ def export(
             result["files"][name] = {
                 "path": str(paths[name]),
                 "bytes": sum(file.stat().st_size for file in (path, *files)),
-                "runtime": f"{kind.runtime} {version(kind.runtime)}",
+                "runtime": f"{kind.runtime} {_version(kind.runtime)}",
                 **_as_numbers(worst),
                 "batches": {str(batch): _as_numbers(one) for batch, one in proved.items()},
             }
@@ -495,6 +492,11 @@ def _check(found: Difference, interface: Interface, subject: str) -> None:
             f"{interface.limit:.0e} (smallest cosine {found.cosine:.7f}): no file is written; give another --opset or "
             "--include, or leave out --simplify and --half."
         )
+
+
+def _version(package: str) -> str:
+    version: str = importlib.import_module(package).__version__
+    return version.split("-")[0]
 
 
 def _as_numbers(found: Difference) -> dict[str, float]:
