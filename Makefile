@@ -1,4 +1,4 @@
-# make demo, make test: both build the environment .venv the first time.
+# make demo, make test, make docs: each builds the environment .venv the first time.
 PYTHON ?= python3
 VENV ?= .venv
 # Installed first, with exact versions, so that no other package changes the build.
@@ -11,7 +11,7 @@ HOST ?= torchreid
 
 INSTALLED = $(VENV)/.installed
 
-.PHONY: demo test check upstream clean
+.PHONY: demo test check docs upstream clean
 
 demo: $(INSTALLED)
 	$(VENV)/bin/csalr demo --out $(OUT) --host $(HOST)
@@ -26,6 +26,10 @@ check: $(INSTALLED)
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 
+# The site, in docs/_build/html.
+docs: $(INSTALLED)
+	$(VENV)/bin/python -m sphinx -W --keep-going -b html docs docs/_build/html
+
 # TORCHREID_REPO, FASTREID_REPO: clones of the hosts' repositories, one or both.
 upstream: $(INSTALLED)
 	@test -n "$(TORCHREID_REPO)$(FASTREID_REPO)" || { echo "give clones: make upstream TORCHREID_REPO=CLONE FASTREID_REPO=CLONE"; exit 2; }
@@ -36,9 +40,9 @@ $(INSTALLED): setup.cfg pyproject.toml Makefile
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed: make PYTHON=python3.11")'
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet $(TORCH)
-	$(VENV)/bin/python -m pip install --quiet --editable '.[test,torchreid,fastreid,bench,export]'
+	$(VENV)/bin/python -m pip install --quiet --editable '.[test,torchreid,fastreid,bench,export,docs]'
 	$(VENV)/bin/python -m pip install --quiet --no-deps $(FASTREID)
 	touch $@
 
 clean:
-	rm -rf $(VENV) .venv-linters build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-linters build docs/_build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -31,7 +31,7 @@ class Maps:
     compressed: Tensor
 
     def error(self) -> float:
-        """The relative Frobenius error, |compressed - full| / |full|."""
+        """Return the relative Frobenius error, ``|compressed - full| / |full|``."""
         return float(torch.linalg.vector_norm(self.compressed - self.full) / torch.linalg.vector_norm(self.full))
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from csalr_plugin.errors import UserError
 from csalr_plugin.hosts.images import is_image_name
 
-_OWN_LAYOUT = "or use a user dataset, folder:PATH (README, 'Your own images')"
+_OWN_LAYOUT = "or use a user dataset, folder:PATH (docs/own-data.md)"
 
 
 class NameRule(NamedTuple):
@@ -129,7 +129,7 @@ def check_evaluation(name: str, query: Sequence[Any], gallery: Sequence[Any]) ->
         reason = "no query has a gallery image of its identity from another camera"
     raise UserError(
         f"dataset {name} cannot be evaluated: {reason}, and a query matches images of its identity from other cameras "
-        "only; check identities and cameras, or leave the cameras out (README, 'Your own images')."
+        "only; check identities and cameras, or leave the cameras out (docs/own-data.md)."
     )
 
 

@@ -162,6 +162,14 @@ class PCB(nn.Module):
             return (features.mean(3) @ stripes.to(features))[..., None]
         return F.adaptive_avg_pool2d(features, (self.parts, 1))
 
+    def reduced_embedding(self, x: Tensor) -> Tensor:
+        """Return the small embedding, the reduced part features of unit length: (B, 3, H, W) -> (B, parts * 256).
+
+        The reduced features of a channel are adjacent, as in the embedding of `forward`.
+        """
+        reduced = self.conv5(self.pool_parts(self.featuremaps(x)[0]))  # B, 256, parts, 1
+        return F.normalize(reduced, dim=1).flatten(1)
+
     def forward(self, x: Tensor, return_featuremaps: bool = False) -> Any:
         """Compute embeddings (eval mode) or logits (training mode) of images (B, 3, H, W).
 
