@@ -123,8 +123,12 @@ def in_csalr(words: Sequence[str], monkeypatch: pytest.MonkeyPatch) -> None:
     from csalr_plugin.commands import _main
 
     command = words[0]
+    words = list(words)
     if command == "run":
-        in_train_script(words[1], words[2:], monkeypatch)
+        in_train_script(words[1], words[2:])
+        return
+    if words[:3] == ["train", "--host", "fastreid"]:
+        in_train_script("train_net.py", words[3:])
         return
     begin = {
         "train": "csalr_plugin.hosts.torchreid.train.train",
@@ -142,7 +146,7 @@ def in_csalr(words: Sequence[str], monkeypatch: pytest.MonkeyPatch) -> None:
         _main(words)
 
 
-def in_train_script(script: str, words: Sequence[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def in_train_script(script: str, words: Sequence[str]) -> None:
     """Parse the arguments of a train script of a host, with the plugin loaded."""
     if script.endswith("main.py"):
         from csalr_plugin.hosts.torchreid.arguments import config_from_arguments, parse_arguments
@@ -184,7 +188,7 @@ def in_python(words: Sequence[str], monkeypatch: pytest.MonkeyPatch) -> None:
             in_csalr(words[2:], monkeypatch)
         return
     if words[0].endswith("train_net.py"):
-        in_train_script(words[0], words[1:], monkeypatch)
+        in_train_script(words[0], words[1:])
         return
     script = ROOT / words[0]
     flags = [word for word in words if word.startswith("--")]
@@ -200,7 +204,7 @@ def in_torchrun(words: Sequence[str], monkeypatch: pytest.MonkeyPatch) -> None:
         in_python(words[words.index("-m") :], monkeypatch)
     else:
         place = next(number for number, word in enumerate(words) if word.endswith(".py"))
-        in_train_script(words[place], words[place + 1 :], monkeypatch)
+        in_train_script(words[place], words[place + 1 :])
 
 
 def accepted(_: Sequence[str], __: pytest.MonkeyPatch) -> None:
@@ -236,11 +240,14 @@ def commands(code: str) -> Iterator[list[str]]:
 @pytest.mark.parametrize("page", pages_with("bash"))
 def test_commands_have_valid_arguments(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
-    for block in (one for one in blocks(page) if one.language == "bash"):
-        # A comment that holds a quote would confuse the lexer.
-        code = re.sub(r"(^|\s)#.*", "", block.code)
-        for name, *words in commands(code):
-            where = f"{name_of(page)}:{block.line}: {shlex.join([name, *words])}"
+    text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.M | re.S)
+    inline = re.findall(r"`((?:csalr|torchrun) [^`]* -[^`]*)`", text)
+    for code in [*(one.code for one in blocks(page) if one.language == "bash"), *inline]:
+        if "..." in code:  # only a part of a command
+            continue
+        # Without comments: a quote in one would confuse the lexer.
+        for name, *words in commands(re.sub(r"(^|\s)#.*", "", code)):
+            where = f"{name_of(page)}: {shlex.join([name, *words])}"
             assert name in CHECKS, f"{where}: unknown command"
             try:
                 with monkeypatch.context() as patch:
