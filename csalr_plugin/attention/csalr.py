@@ -53,8 +53,8 @@ class CSALR(AttentionBlock):
 
     The paper says that (S_mm + I)^-1 always exists. In floating point two landmarks that attend only to each other make
     it singular. So a landmark attends to itself with at least ``self_attention_floor``: rows of S_mm still sum to 1,
-    ``||(S_mm + I)^-1||_inf <= 500``, and ``|O| <= 1000 max |V|`` for any input. Wherever every S_ii is at least 1e-3 this is
-    the formula of the paper. A floor of 0 is the formula as published.
+    ``||(S_mm + I)^-1||_inf <= 500``, and ``|O| <= 1000 max |V|`` for any input. Wherever every S_ii is at least 1e-3
+    this is the formula of the paper. A floor of 0 is the formula as published.
 
     Args:
         channels: C, channels of the feature map.
