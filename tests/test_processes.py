@@ -22,6 +22,7 @@ import torchreid
 from torch import Tensor, nn
 from torch.multiprocessing import spawn
 
+from csalr_plugin import attach
 from csalr_plugin.attention import build_attention
 from csalr_plugin.attention.batch_norm import synchronise
 from csalr_plugin.errors import UserError
@@ -147,6 +148,41 @@ def test_exchanged_values_and_gradients_arrive_complete_and_errors_reach_every_p
     whole = nn.functional.dropout(torch.ones(8, 5))
     torch.testing.assert_close(torch.cat([first["dropped"], second["dropped"]]), whole)
     assert first["told"] and second["told"]
+
+
+def attended_network() -> tuple[nn.Module, Tensor, Tensor]:
+    """A network with blocks and branches in float64, images and identities."""
+    torch.manual_seed(0)
+    network = nn.Sequential(
+        nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), nn.BatchNorm2d(8)), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 8 * 4, 5)
+    ).double()
+    images = torch.randn(8, 3, 16, 8, dtype=torch.float64)
+    attach(network, "csalr", "0", num_classes=5, landmarks=(3, 2), example=images)
+    nn.init.constant_(network.attention["0"].alpha, 0.3)  # type: ignore[index, arg-type]
+    return network.train(), images, torch.arange(8) % 5
+
+
+def gradients_of(parallel: nn.Module, images: Tensor, identities: Tensor) -> dict[str, Tensor]:
+    """The gradients of the sum of all cross entropies, by the name of the parameter."""
+    sum(nn.functional.cross_entropy(logits, identities) for logits in parallel(images)).backward()
+    return {name.removeprefix("module."): one.grad for name, one in parallel.named_parameters() if one.grad is not None}
+
+
+def train_attended(rank: int, folder: Path) -> None:
+    network, images, identities = attended_network()
+    synchronise(network)
+    half = slice(4 * rank, 4 * rank + 4)
+    gradients = gradients_of(nn.parallel.DistributedDataParallel(network), images[half], identities[half])
+    torch.save(gradients, folder / f"{rank}.pt")
+
+
+def test_an_attended_network_in_two_processes_has_the_gradients_of_one(tmp_path: Path) -> None:
+    first, second = in_two_processes(train_attended, tmp_path)
+    expected = gradients_of(*attended_network())
+    assert {"attention.0.alpha", "supervision.0.classifier.weight", "3.weight"} <= set(expected)
+    for name, gradient in expected.items():
+        torch.testing.assert_close(first[name], gradient, rtol=1e-8, atol=1e-9)
+        torch.testing.assert_close(second[name], gradient, rtol=1e-8, atol=1e-9)
 
 
 # Shares

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import torchreid
+from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from csalr_plugin import UserError
+from csalr_plugin.commands import main
 from csalr_plugin.hosts.torchreid import engine as engine_module
 from csalr_plugin.hosts.torchreid import model_registry, zoo
 from csalr_plugin.hosts.torchreid.config import default_config, set_active_config
@@ -200,6 +203,38 @@ def test_the_layers_of_a_model_are_a_setting_and_no_weight_means_no_branch() -> 
     assert list(model.attention) == ["conv3", "conv4_0"]
     assert model.attention["conv3"].groups == 4
     assert not hasattr(model, "supervision")
+
+
+def test_the_list_of_the_zoo_has_the_layers_and_the_cost_of_each_model(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(zoo, "host_names", lambda _: ["osnet_x0_25", "hacnn"])
+    assert main(["models", "--zoo"]) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert lines[2] == ["osnet_x0_25_csalr", "conv2,conv3,conv4", "256x128", "0.88", "0.12", "512"]
+    assert lines[3][:3] == ["hacnn_csalr", "inception1,inception2,inception3", "160x64"]
+    assert lines[5][:3] == ["for", "751", "identities;"]
+
+
+def test_pretrained_weights_of_a_file_go_into_the_model_before_its_blocks(tmp_path: Path) -> None:
+    imagenet = model_registry()["osnet_x0_25"](num_classes=7, pretrained=False)  # other identities
+    torch.save(imagenet.state_dict(), tmp_path / "imagenet.pth")
+    config = default_config()
+    config.merge_from_list(["csalr.pretrained_weights", str(tmp_path / "imagenet.pth")])
+    set_active_config(config)
+    model = torchreid.models.build_model("osnet_x0_25_sa", 4, pretrained=True)
+    assert torch.equal(model.conv1.conv.weight, imagenet.conv1.conv.weight)
+    assert model.classifier.weight.shape[0] == 4
+    with pytest.raises(UserError, match=r"has no weights of this ResNet: \d+ of its \d+ tensors are missing"):
+        torchreid.models.build_model("resnet18_sa", 4, pretrained=True)
+
+
+def test_attention_maps_are_drawn_for_any_model_with_attention(tmp_path: Path) -> None:
+    Image.new("RGB", (32, 64), "red").save(tmp_path / "person.png")
+    words = ["attention-maps", "--image", str(tmp_path / "person.png"), "--out", str(tmp_path / "maps")]
+    words += ["model.name", "osnet_x0_25_csalr", "model.pretrained", "False", "data.height", "64", "data.width", "32"]
+    assert main(words) == 0
+    assert (tmp_path / "maps" / "person.png").is_file()
 
 
 def test_a_model_that_a_user_registered_has_names_with_attention_too(monkeypatch: pytest.MonkeyPatch) -> None:
