@@ -427,7 +427,15 @@ def test_a_layer_that_runs_twice_and_a_type_that_is_no_map_are_refused() -> None
         attach(Twice(), "sa", "pair", example=EXAMPLE)
 
 
-def test_what_cannot_be_attended_or_detached_is_one_line() -> None:
+def test_a_transformer_s_outputs_are_no_feature_maps() -> None:
+    image = torch.zeros(1, 3, 64, 32)
+    with pytest.raises(UserError, match=r"layer 'features.1' has the shape \(1, 16, 8, 96\), and attention needs"):
+        attach(torchvision.models.swin_t(), "csalr", "features.1", example=image)  # (B, H, W, C)
+    with pytest.raises(UserError, match=r"layer 'blocks.0' has the shape \(1, 197, 192\)"):
+        attach(timm.create_model("vit_tiny_patch16_224"), "sa", "blocks.0", example=torch.zeros(1, 3, 224, 224))
+
+
+def test_a_module_that_cannot_be_attended_or_detached_is_one_line() -> None:
     network = attended()
     cases: list[tuple[Callable[[], Any], str]] = [
         (lambda: attach(network, "sa", "stage1"), "Small has attention already: detach it first"),

@@ -91,6 +91,12 @@ FAMILIES: dict[str, tuple[str, ...]] = {
 }
 
 
+@pytest.fixture
+def root(tiny_data: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("FASTREID_DATASETS", str(tiny_data / "market1501"))
+    return tiny_data
+
+
 def settings(*words: str) -> Any:
     cfg = get_cfg()
     add_csalr_config(cfg)
@@ -209,11 +215,11 @@ def test_a_plain_checkpoint_evaluates_and_starts_a_training_with_attention(tmp_p
         Checkpointer(other).load(str(tmp_path / "attended.pth"))
 
 
+@pytest.mark.usefixtures("root")
 def test_a_script_trains_resumes_and_evaluates_with_two_words_more(
-    tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("FASTREID_DATASETS", str(tiny_data / "market1501"))
     script = Path(REPOSITORY) / "tools" / "train_net.py" if REPOSITORY else tmp_path / "train_net.py"
     if not REPOSITORY:
         script.write_text(SCRIPT)
@@ -253,6 +259,14 @@ def test_a_script_trains_resumes_and_evaluates_with_two_words_more(
 def test_a_mistaken_setting_is_one_line(words: tuple[str, ...], message: str) -> None:
     with pytest.raises(UserError, match=message) as error:
         validate(settings(*words))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.usefixtures("root")
+def test_images_too_small_for_mgn_are_one_line() -> None:
+    mgn = ("MODEL.META_ARCHITECTURE", "MGN", "MODEL.HEADS.EMBEDDING_DIM", "16", "INPUT.SIZE_TEST", "[32, 32]")
+    with pytest.raises(UserError, match=r"MGN cannot take images of 32x32 .*: give a larger INPUT\.SIZE_TEST") as error:
+        Trainer.build_model(settings(*mgn, *ATTENDED))
     assert "\n" not in str(error.value)
 
 

@@ -97,7 +97,7 @@ def attach(
 
 
 def detach(network: Network) -> Network:
-    """Remove what `attach` added, in place: the blocks, their branches and the hooks.
+    """Remove the blocks, branches and hooks that `attach` has added, in place.
 
     Returns:
         `network`.
@@ -251,13 +251,17 @@ def _find_layers(network: nn.Module, names: Sequence[str], example: Tensor | Non
     if not names:
         raise UserError(f"after is empty: give layers of {type(network).__name__}: {_listed(network)}.")
     candidates = [_candidates(network, name) for name in names]
+    if example is None:
+        weight = next(network.parameters())
+        dtype = weight.dtype if weight.is_floating_point() else torch.float32
+        example = torch.zeros(1, 3, 256, 128, device=weight.device, dtype=dtype)
     outputs = _outputs(network, {path for paths in candidates for path in paths}, example)
     found: dict[str, int] = {}
     for name, paths in zip(names, candidates, strict=True):
         path = next((one for one in paths if outputs[one]), paths[0])
         if path in found:
             raise UserError(f"after names the layer {path!r} twice; name it once.")
-        found[path] = _channels(name, outputs[path])
+        found[path] = _channels(name, outputs[path], example.shape)
     return list(found.items())
 
 
@@ -288,12 +292,8 @@ def _listed(module: nn.Module) -> str:
 
 
 @torch.no_grad()
-def _outputs(network: nn.Module, paths: set[str], example: Tensor | None) -> dict[str, list[Any]]:
+def _outputs(network: nn.Module, paths: set[str], example: Tensor) -> dict[str, list[Any]]:
     """Return the outputs of the layers `paths` in a forward pass in eval mode: one for each call."""
-    weight = next(network.parameters())
-    if example is None:
-        dtype = weight.dtype if weight.is_floating_point() else torch.float32
-        example = torch.zeros(1, 3, 256, 128, device=weight.device, dtype=dtype)
     outputs: dict[str, list[Any]] = {path: [] for path in paths}
     modes = [(module, module.training) for module in network.modules()]
     handles = []
@@ -326,19 +326,31 @@ def _summary(output: Any) -> tuple[int, ...] | str:
     return tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
 
 
-def _channels(name: str, outputs: Sequence[Any]) -> int:
+def _channels(name: str, outputs: Sequence[Any], image: Sequence[int]) -> int:
+    """Return the channels of a layer's output; `image` is the shape of the network's input."""
     if not outputs:
         raise UserError(f"after: layer {name!r} does not run in a forward pass in eval mode; give another layer.")
     if len(outputs) > 1:
         raise UserError(f"after: layer {name!r} runs {len(outputs)} times in a forward pass; give one that runs once.")
     (shape,) = outputs
-    if not isinstance(shape, tuple) or len(shape) != 4 or shape[2] * shape[3] < 2:
+    is_map = isinstance(shape, tuple) and len(shape) == 4 and shape[2] * shape[3] > 1
+    if not is_map or _is_channels_last(shape, image):
         has = f"the shape {shape}" if isinstance(shape, tuple) else f"the type {shape}"
         raise UserError(
             f"after: the output of layer {name!r} has {has}, and attention needs a feature map (B, C, H, W) of several "
             "positions; give an earlier layer."
         )
     return int(shape[1])
+
+
+def _is_channels_last(shape: Sequence[int], image: Sequence[int]) -> bool:
+    """Return whether a shape is (B, H, W, C), as in Swin: dimensions 1 and 2 then have the proportions of the image."""
+    if len(image) != 4:
+        return False
+    _, first, second, third = shape
+    proportion = image[2] / image[3]
+    wrong = second / third / proportion
+    return first / second == proportion and not 2 / 3 < wrong < 3 / 2
 
 
 def _key(name: str, blocks: Mapping[str, nn.Module] | nn.ModuleDict) -> str:

@@ -176,7 +176,13 @@ class Trainer(DefaultTrainer):  # type: ignore[misc]  # fast-reid carries no typ
                 "the keys of MODEL.BACKBONE and MODEL.HEADS."
             ) from error
         if recipe.applies_to(model):
-            gmacs = count_gmacs(model.eval(), *cfg.INPUT.SIZE_TEST)
+            try:
+                gmacs = count_gmacs(model.eval(), *cfg.INPUT.SIZE_TEST)
+            except (RuntimeError, ValueError) as error:
+                raise UserError(
+                    f"{cfg.MODEL.META_ARCHITECTURE} cannot take images of {'x'.join(map(str, cfg.INPUT.SIZE_TEST))} "
+                    f"({first_line(error)}): give a larger INPUT.SIZE_TEST and INPUT.SIZE_TRAIN."
+                ) from error
             model.train()
             logger.info(
                 f"{cfg.MODEL.META_ARCHITECTURE}: {count_parameters(model) / 1e6:.2f} million parameters, "
