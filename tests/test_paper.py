@@ -163,7 +163,7 @@ def test_the_smoke_preset_ends_in_a_report_that_marks_each_number_and_invents_no
     measured = [one for key, one in found.items() if key[0] == "table5"]
     assert all(one["state"] == "measured" and one["ours"] > 0 and not one["papers_settings"] for one in measured)
     assert len(list(out.glob("runs/*/seed1/result.json"))) == 16
-    assert len(list(out.glob("figure4/market1501/pcb_csalr/*.png"))) == 3
+    assert len(list(out.glob("figure4/market1501/pcb_csalr/*.png"))) == 3 + 1  # three queries and the errors
     text, page = (out / "report.md").read_text(), (out / "report.html").read_text()
     ours = f"{found['table1', 'PCB + CSALR', 'market1501', 'mAP']['ours']:.1f}"
     assert rf"{ours}\*" in text and f"<td>{ours}*</td>" in page
@@ -433,17 +433,28 @@ def test_the_control_of_pooled_keys_spreads_the_weight_of_a_landmark_over_its_pa
     torch.testing.assert_close(found, share.repeat_interleave(2, dim=1) / 2)
 
 
-def test_figure_4_is_drawn_for_a_block_whose_map_is_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def two_coloured(tmp_path: Path) -> tuple[Any, Path]:
+    """A network of one block with Q = K = x, for images of 8x4, and an image with x = 0 above x = 1."""
     from PIL import Image
 
-    from csalr_plugin.hosts.torchreid.config import default_config
-    from csalr_plugin.projects.paper import attention_maps
+    from csalr_plugin.projects.paper.attention_maps import Network
 
-    config = default_config()
-    config.merge_from_list(["data.height", 8, "data.width", 4, "data.norm_mean", "0,0,0", "data.norm_std", "1,1,1"])
     picture = torch.zeros(8, 4, 3, dtype=torch.uint8)
     picture[4:] = 255
     Image.fromarray(picture.numpy()).save(tmp_path / "person.png")
+    network = Network(OneBlock(known_block()).eval(), "one", (8, 4), (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+    return network, tmp_path / "person.png"
+
+
+def test_figure_4_is_drawn_for_a_block_whose_map_is_known(
+    two_coloured: tuple[Any, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from PIL import Image
+
+    from csalr_plugin.projects.paper import attention_maps
+
+    network, person = two_coloured
     shown: list[torch.Tensor] = []
     original = attention_maps._show
     monkeypatch.setattr(
@@ -451,21 +462,46 @@ def test_figure_4_is_drawn_for_a_block_whose_map_is_known(tmp_path: Path, monkey
         "_show",
         lambda axis, image, values, *rest: (shown.append(values), original(axis, image, values, *rest)),
     )
-    block = known_block()
-    network = attention_maps.Network(OneBlock(block).eval(), {"stage1": block}, "one", config)
-    drawn = attention_maps.draw(network, tmp_path / "person.png", tmp_path / "maps", points=[(0.5, 0.9)], grid=True)
+    options = {"points": [(0.5, 0.9)], "grid": True, "panels": attention_maps.PANELS, "smooth": True}
+    drawn = attention_maps.draw(network, person, tmp_path / "maps", formats=("png", "svg"), **options)
     e = torch.tensor(1.0).double().exp()
     top, bottom = (1 / (16 * (1 + e))).item(), (e / (16 * (1 + e))).item()
     wanted = torch.tensor([top] * 16 + [bottom] * 16).double().reshape(8, 4)
-    assert len(shown) == 2
-    for values in shown:
-        torch.testing.assert_close(values, wanted, rtol=1e-6, atol=1e-9)
-    assert Image.open(drawn).size[0] > 100
-    rows = attention_maps.reconstruction(network, [tmp_path / "person.png"])
-    own = next(row for row in rows if (row["map"], row["points"]) == ("CSALR", 8))
-    assert own["error"] < 1e-6 and own["agreement"] == 1.0
-    coarse = next(row for row in rows if (row["map"], row["points"]) == ("pooled keys", 8))
-    assert coarse["error"] < 1e-6  # the control is exact for constant patches too
+    for values, expected in zip(shown, (wanted, wanted, torch.zeros(8, 4).double()), strict=True):
+        torch.testing.assert_close(values, expected, rtol=1e-6, atol=1e-9)
+    assert [path.name for path in drawn] == ["person.png", "person.svg"]
+    assert Image.open(drawn[0]).size[0] > 400
+
+
+def test_the_measured_errors_of_a_known_map_and_of_a_uniform_one_equal_the_closed_form(
+    two_coloured: tuple[Any, Path], tmp_path: Path
+) -> None:
+    from csalr_plugin.projects.paper import attention_maps
+
+    network, person = two_coloured
+    rows = attention_maps.reconstruction(network, [person])
+    found = {(row["map"], row["points"]): row for row in rows if row["groups"] == 1}
+    # x is constant within each patch, so all of these maps are exact.
+    for name in ("CSALR", "pooled keys", "pooled queries", attention_maps.KEYS_AVERAGED):
+        row = found[name, 8]
+        assert row["error"] < 1e-6 and row["output_error"] < 1e-6 and row["agreement"] == 1.0
+    assert found[attention_maps.PERFECT, None]["error"] == 0
+    # Of 32 queries, 16 with x = 0 have a uniform row. The others weigh x = 1 by `more` and x = 0 by `less`.
+    e = torch.tensor(1.0).double().exp().item()
+    less, more = 1 / (16 * (1 + e)), e / (16 * (1 + e))
+    n, uniform = 32, found[attention_maps.UNIFORM, None]
+    difference, whole = (less - 1 / n) ** 2 + (more - 1 / n) ** 2, less**2 + more**2 + 2 / n**2
+    assert uniform["error"] == pytest.approx((difference / whole) ** 0.5)
+    block = network.blocks["stage1"]
+    w, b = block.value.weight.item(), block.value.bias.item()
+    outputs = w / 2 + b, w * e / (1 + e) + b
+    wanted = abs(outputs[1] - outputs[0]) / (outputs[0] ** 2 + outputs[1] ** 2) ** 0.5
+    assert uniform["output_error"] == pytest.approx(wanted, rel=1e-5)
+    assert uniform["agreement"] == pytest.approx(0.75)  # all 32 patches are equal; 16 queries attend most to 16 of them
+    text = attention_maps.write_reconstruction(tmp_path, network, 1, rows)
+    assert "one, initial weights, images of 8x4; 1 image; gates: stage1 +0.0000." in text
+    assert f"uniform map has a map error of {uniform['error']:.1%}" in text and "Why pooled keys" in text
+    assert (tmp_path / "reconstruction-one.png").is_file()
 
 
 @pytest.fixture(scope="module")
@@ -476,16 +512,32 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     folder = tmp_path_factory.mktemp("checkpoints")
     Image.new("RGB", (16, 32)).save(folder / "person.jpg")
-    for name in ("pcb", "pcb_csa"):
-        torch.save({"state_dict": build_model(name, 2, pretrained=False).state_dict()}, folder / f"{name}.pth")
+    size = {"data.height": 48, "data.width": 16}
+    for name, settings in (("pcb", {}), ("pcb_csa", size)):
+        content = {"state_dict": build_model(name, 2, pretrained=False).state_dict(), "settings": settings}
+        torch.save(content, folder / f"{name}.pth")
     return folder
+
+
+def test_maps_are_of_the_model_and_the_image_size_that_the_checkpoint_records(checkpoints: Path) -> None:
+    from csalr_plugin.hosts.torchreid.arguments import Arguments
+    from csalr_plugin.projects.paper.attention_maps import load_network
+
+    network = load_network(checkpoints / "pcb_csa.pth")
+    assert network.title == "pcb_csa, pcb_csa.pth, images of 48x16"
+    assert network.images([checkpoints / "person.jpg"]).shape == (1, 3, 48, 16)
+    assert load_network(checkpoints / "pcb_csa.pth", Arguments(overrides=["data.width", "32"])).size == (48, 32)
 
 
 @pytest.mark.parametrize(
     ("more", "expected"),
     [
-        (("--checkpoint", "pcb_csa.pth"), ("trained with attention csa", "has attention csalr")),
-        (("--checkpoint", "pcb.pth"), ("no attention blocks", "pcb_csalr")),
+        (("--checkpoint", "pcb_csa.pth", "MODEL.NAME", "pcb_csalr"), ("with attention csa", "has attention csalr")),
+        (("--checkpoint", "pcb.pth"), ("'pcb' has no attention", "pcb_csalr")),
+        (("--checkpoint", "pcb.pth", "MODEL.NAME", "pcb_sa"), ("of another network than pcb_sa", "attention")),
+        (("--panels", "ful"), ("'ful'", "full, compressed, difference")),
+        (("--formats", "gif"), ("'gif'", "png, pdf, svg")),
+        (("--colours", "infern"), ("'infern'", "'inferno'")),
         (("--checkpoint", "none.pth"), ("none.pth", "not a file")),
         (("MODEL.NAME", "pcb"), ("'pcb' has no attention",)),
         (("--points", "0.5,1.5"), ("0.5,1.5", "0 to below 1")),

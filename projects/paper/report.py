@@ -21,7 +21,7 @@ from tabulate import tabulate
 from csalr_plugin.files import write_json
 from csalr_plugin.hosts.records import METRICS, read_metrics
 
-from .attention_maps import reconstruction_table
+from .attention_maps import explanation, heading, reconstruction_tables
 from .folder import CONSOLE, COST, RESULT, RUN, STUDY, epochs_done, read_json
 from .plan import paper
 
@@ -332,11 +332,12 @@ def _figure4(out: Path) -> Section:
         section.text(
             f"`{about['model']}` on `{path.parent.parent.name}`: {pictures}. They show people and are not copied here."
         )
-        section.text(
-            f"Error of the factors' map, over {about['images']} queries: relative Frobenius error from the full map, "
-            "and how often the most attended patch is the same. *pooled keys* is a control: the landmarks' keys alone."
-        )
-        section.table(*reconstruction_table(about["rows"]))
+        section.text(heading(about))
+        for caption, header, lines in reconstruction_tables(about["rows"]):
+            section.text(caption)
+            section.table(header, lines)
+        for text in explanation(about["rows"]):
+            section.text(text)
     return section
 
 

@@ -168,8 +168,10 @@ def _draw_figure4(options: Options, runs: Sequence[Run]) -> None:
 
     names = ("pcb_csalr", "pcb_csa") if options.target == "all" else ("pcb_csalr",)
     for run in runs:
-        if run.seed == 1 and run.name in names:
-            figure4(run.config, run.folder, options.out / "figure4" / run.dataset / run.name, run.dataset)
+        checkpoint = newest_checkpoint(run.folder)
+        if run.seed == 1 and run.name in names and checkpoint is not None:
+            place = options.out / "figure4" / run.dataset / run.name
+            figure4(checkpoint, Path(run.config.data.root), place, run.dataset)
 
 
 def report(out: Path) -> None:
