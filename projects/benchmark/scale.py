@@ -10,7 +10,7 @@ import argparse
 import copy
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -310,23 +310,50 @@ def verdict(summary: Mapping[str, Any]) -> str:
 
 
 def draw(results: Results) -> None:
-    """Plot time, kept memory and peak memory against n, with logarithmic axes."""
+    """Plot time, kept memory and peak memory against n, with logarithmic axes and guide lines n and n^2.
+
+    The bars of the time are half the interquartile range over the rounds, as in the table.
+    """
     panels = (
-        ("seconds", "time of a training pass, s"),
-        ("kept_bytes", "kept for the backward pass, MB a map"),
-        ("peak_bytes", "peak memory, MB a map"),
+        ("seconds", "time of a training pass", "ms", 1e-3),
+        ("kept_bytes", "kept for the backward pass", "MB a map", 1e6),
+        ("peak_bytes", "peak memory", "MB a map", 1e6),
     )
-    figure, axes = pyplot().subplots(1, len(panels), figsize=(15, 4.8), layout="constrained")
-    for axis, (figure_name, title) in zip(axes, panels, strict=True):
+    positions = results.identity["settings"]["positions"]
+    figure, axes = pyplot().subplots(1, len(panels), figsize=(15, 5.6), layout="constrained")
+    for axis, (figure_name, title, unit, size) in zip(axes, panels, strict=True):
         for curve, figures in results.summary.items():
-            values = [one["median"] if figure_name == "seconds" else one / 1e6 for one in figures[figure_name]]
+            timed = figure_name == "seconds"
+            values = [(one["median"] if timed else one) / size for one in figures[figure_name]]
+            spreads = [one["spread"] / 2 / size for one in figures[figure_name]] if timed else None
             style = {"sa": "ks-", "csa": "k^:"}.get(curve, "o-" if curve.endswith("-2") else "o--")
-            axis.plot(figures["positions"], values, style, label=CURVES[curve].label, markersize=4)
-        positions = results.identity["settings"]["positions"]
-        axis.set(xscale="log", yscale="log", xlabel="positions n", title=title)
+            label = CURVES[curve].label if curve in CURVES else curve
+            axis.errorbar(figures["positions"], values, spreads, fmt=style, label=label, markersize=4, capsize=3)
+        axis.set(xscale="log", yscale="log", xlabel="positions n", ylabel=unit, title=title)
+        _draw_guides(axis, positions)
         axis.set_xticks(positions, map(str, positions))
         axis.minorticks_off()
         axis.grid(alpha=0.3)
-    axes[0].legend(fontsize=8)
-    figure.savefig(results.path.with_suffix(".png"), dpi=120)
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=8, frameon=False)
+    settings = results.identity["settings"]
+    figure.suptitle(
+        f"{settings['channels']} channels, {settings['batch_size']} map a batch, {settings['device']}. Bars: half the "
+        "interquartile range. Kept memory: without recomputing; a block that recomputes keeps its input alone.",
+        fontsize=9,
+    )
+    figure.savefig(results.path.with_suffix(".png"), dpi=150)
     pyplot().close(figure)
+
+
+def _draw_guides(axis: Any, positions: Sequence[int]) -> None:
+    """Draw lines of slope n and n^2 from the lower left corner of the curves."""
+    low, high = axis.get_ylim()
+    start = low * 1.15
+    for power in (1, 2):
+        ends = [start * (n / positions[0]) ** power for n in positions]
+        axis.plot(positions, ends, color="0.6", linewidth=1, linestyle=(0, (2, 3)), zorder=0)
+        inside = [(n, end) for n, end in zip(positions, ends, strict=True) if end < high] or [(positions[0], start)]
+        name = "n" if power == 1 else "n²"
+        axis.annotate(name, inside[-1], xytext=(4, -4), textcoords="offset points", color="0.4", fontsize=9, va="top")
+    axis.set_ylim(low, high)

@@ -336,29 +336,47 @@ def ratio_rows(summary: dict[str, Any]) -> list[tuple[str, ...]]:
 
 
 def draw(results: Results, targets: Sequence[str]) -> None:
-    """Plot bars of each model's operations, latency and throughput, and of its mAP if measured."""
+    """Plot bars of each model's operations, latency and throughput, and of its mAP if measured.
+
+    A bar of a measured time has an error bar of half the interquartile range, and its label is the cell of the table.
+    """
     names = list(results.summary)
-    panels: list[tuple[str, Callable[[Any], float]]] = [
+    panels: list[tuple[str, Callable[[Any], float | Statistic]]] = [
         ("GMACs an image", lambda row: row["gmacs"]),
-        ("latency of one image, ms", lambda row: 1e3 * row["latency_seconds"]["median"]),
-        ("images a second, in a batch", lambda row: row["images_per_second"]["median"]),
+        ("latency of one image, ms", lambda row: _scaled(row["latency_seconds"], 1e3)),
+        ("images a second, in a batch", lambda row: _scaled(row["images_per_second"], 1)),
     ]
     for target in targets:
         panels.append((f"mAP on {target}, %", functools.partial(_mean_precision, target)))
-    size = (3.6 * len(panels) + 1.6, 1.2 + 0.3 * len(names))
+    size = (3.6 * len(panels) + 1.6, 1.6 + 0.3 * len(names))
     figure, axes = pyplot().subplots(1, len(panels), figsize=size, sharey=True, layout="constrained")
+    ours = [name not in HOST_MODELS for name in names]
     for axis, (title, value) in zip(axes, panels, strict=True):
-        values = [value(results.summary[name]) for name in names]
-        colours = ["tab:gray" if name in HOST_MODELS else "tab:blue" for name in names]
-        bars = axis.barh(range(len(names)), values, color=colours, alpha=0.8)
-        axis.bar_label(bars, ["" if math.isnan(one) else f" {one:.3g}" for one in values], fontsize=8)
-        axis.margins(x=0.15)
+        found = [value(results.summary[name]) for name in names]
+        values = [one.median if isinstance(one, Statistic) else one for one in found]
+        spreads = [one.spread / 2 if isinstance(one, Statistic) else 0.0 for one in found]
+        colours = ["tab:blue" if own else "tab:gray" for own in ours]
+        axis.barh(
+            range(len(names)), values, xerr=spreads if any(spreads) else None, color=colours, alpha=0.8, capsize=2
+        )
+        for place, (one, middle, spread) in enumerate(zip(found, values, spreads, strict=True)):
+            if not math.isnan(middle):
+                text = str(one) if isinstance(one, Statistic) else f"{one:.3g}"
+                end = (middle + spread, place)
+                axis.annotate(text, end, (4, 0), textcoords="offset points", va="center", fontsize=8)
+        axis.margins(x=0.3)
+        axis.set_xlim(left=0)
         axis.grid(axis="x", alpha=0.3)
         axis.set(title=title)
     axes[0].set_yticks(range(len(names)), names)
     axes[0].invert_yaxis()
-    figure.savefig(results.path.with_suffix(".png"), dpi=120)
+    figure.supxlabel("blue: this plugin; grey: torchreid; error bars: half the interquartile range", fontsize=9)
+    figure.savefig(results.path.with_suffix(".png"), dpi=150)
     pyplot().close(figure)
+
+
+def _scaled(figure: dict[str, float], factor: float) -> Statistic:
+    return Statistic(factor * figure["median"], factor * figure["spread"])
 
 
 def _mean_precision(target: str, row: dict[str, Any]) -> float:
