@@ -8,10 +8,11 @@ import json
 import logging
 import os
 import shutil
+import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from csalr_plugin.attention import AttentionBlock
-from csalr_plugin.errors import UserError, first_line, shown
+from csalr_plugin.errors import UserError, first_line
 from csalr_plugin.files import write_json
 from csalr_plugin.version import __version__
 
@@ -507,16 +508,10 @@ def _as_numbers(found: Difference) -> dict[str, float]:
 def _in_one_line(failure: str) -> Iterator[None]:
     """Silence an exporter or runtime, and turn its errors into a UserError that starts with `failure`."""
     try:
-        with ExitStack() as quiet:
-            sink = quiet.enter_context(open(os.devnull, "w", encoding="utf-8"))
-            quiet.enter_context(redirect_stdout(sink))
-            quiet.enter_context(redirect_stderr(sink))
-            quiet.enter_context(warnings.catch_warnings())
+        with warnings.catch_warnings(), _silenced():
             warnings.simplefilter("ignore")
-            quiet.callback(logging.disable, logging.root.manager.disable)
-            logging.disable(logging.ERROR)
             yield
-    except ModuleNotFoundError:
+    except (ModuleNotFoundError, BrokenPipeError):
         raise
     except Exception as error:  # exporters and runtimes raise errors of any type
         reason: BaseException = error
@@ -526,9 +521,33 @@ def _in_one_line(failure: str) -> Iterator[None]:
         # TorchScript prints its own stack trace first.
         line = lines[-1] if lines and "TorchScript interpreter" in lines[0] else first_line(reason)
         raise UserError(
-            f"{failure} ({shown(line)[1:-1]}): no file is written; give another --opset from {OPSETS[0]} to "
+            f"{failure} ({' '.join(line.split())}): no file is written; give another --opset from {OPSETS[0]} to "
             f"{OPSETS[1]}, or another --include."
         ) from error
+
+
+@contextmanager
+def _silenced() -> Iterator[None]:
+    """Discard logs, and all output of this process, also that of libraries in C++, which print whole graphs."""
+    streams = (sys.stdout, sys.stderr)
+    for stream in streams:
+        stream.flush()
+    disabled = logging.root.manager.disable
+    logging.disable(logging.ERROR)
+    copies = [os.dup(number) for number in (1, 2)]
+    sink = os.open(os.devnull, os.O_WRONLY)
+    try:
+        for number in (1, 2):
+            os.dup2(sink, number)
+        yield
+    finally:
+        for stream in streams:
+            stream.flush()
+        for number, kept in zip((1, 2), copies, strict=True):
+            os.dup2(kept, number)
+            os.close(kept)
+        os.close(sink)
+        logging.disable(disabled)
 
 
 @contextmanager

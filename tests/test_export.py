@@ -52,6 +52,8 @@ METADATA = {
 }
 RECORDED = {"csalr.groups": GROUPS, "data.height": SIZE[0], "data.width": SIZE[1]}
 
+pytestmark = pytest.mark.on_cpu
+
 
 def trained_network(name: str, **options: Any) -> PCB:
     """A network in eval mode with open gates, running statistics of its own, and logits scaled by 10."""
@@ -299,7 +301,8 @@ def test_a_network_of_torchreids_zoo_is_exported_from_its_state_dict(name: str, 
     torch.testing.assert_close(run_file(tmp_path / "osnet.torchscript")(images), model(images), rtol=1e-4, atol=1e-4)
 
 
-def test_a_network_of_fastreids_zoo_with_attention_takes_bytes_as_in_fastreid(tmp_path: Path) -> None:
+@pytest.mark.parametrize("recorded", [True, False], ids=["its checkpoint", "a config file"])
+def test_a_network_of_fastreids_zoo_is_built_from_the_settings_of(recorded: bool, tmp_path: Path) -> None:
     pytest.importorskip("fastreid")
     from csalr_plugin.hosts.fastreid.trained import build_network, read_config
 
@@ -310,9 +313,13 @@ def test_a_network_of_fastreids_zoo_with_attention_takes_bytes_as_in_fastreid(tm
     model: Any = build_network("Baseline", read_config(settings, "", (), ""), 4).eval()
     for block in model.attention.values():
         nn.init.constant_(block.alpha, 0.3)
-    torch.save({"model": model.state_dict(), "settings": settings}, tmp_path / "model.pth")
+    torch.save({"model": model.state_dict(), "settings": settings if recorded else {}}, tmp_path / "model.pth")
+    (tmp_path / "config.yml").write_text(
+        "MODEL: {META_ARCHITECTURE: Baseline, BACKBONE: {DEPTH: 18x, FEAT_DIM: 512, WITH_CSALR: True}}\n"
+        "INPUT: {SIZE_TEST: [64, 32]}\n"
+    )
     words = ["--weights", str(tmp_path / "model.pth"), "--output", str(tmp_path / "r18"), "--include", "torchscript"]
-    assert main(["export", *words]) == 0
+    assert main(["export", *words, *([] if recorded else ["--config-file", str(tmp_path / "config.yml")])]) == 0
     images = torch.randint(256, (3, 3, 64, 32), dtype=torch.uint8)
     with torch.no_grad():
         expected = model(normalised(images))
@@ -331,21 +338,32 @@ class Wrong(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         pooled = images.mean((2, 3))
+        if self.how == "inverse":
+            return pooled @ torch.linalg.inv(images[0, :, :3, :3] + 9 * torch.eye(3))
         if self.how == "wrong":
             return pooled * int(pooled.shape[0])
         return pooled.reshape(int(pooled.shape[0]), 3)
 
 
 @pytest.mark.parametrize(
-    ("how", "complaint"),
+    ("how", "format", "complaint"),
     [
-        ("wrong", r"the torchscript file differs from the network wrong by \d\.\de[+-]\d\d, above the limit of 1e-04"),
-        ("fixed", r"the torchscript file of fixed fails with a batch of 1 \(.*shape"),
+        (
+            "wrong",
+            "torchscript",
+            r"the torchscript file differs from the network wrong by \d\.\de[+-]\d\d, above the limit of 1e-04",
+        ),
+        ("fixed", "torchscript", r"the torchscript file of fixed fails with a batch of 1 \(.*shape"),
+        ("inverse", "onnx", r"inverse cannot be exported to onnx \(.*linalg_inv.* another --opset from 11 to 24"),
     ],
 )
-def test_a_file_that_differs_or_has_a_fixed_batch_is_not_written(how: str, complaint: str, tmp_path: Path) -> None:
+def test_a_file_that_differs_has_a_fixed_batch_or_an_unknown_operation_is_not_written(
+    how: str, format: str, complaint: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("onnxscript" if format == "onnx" else "torch")
     with pytest.raises(UserError, match=complaint) as error:
-        export(Wrong(how), Interface(how, 16, 16), tmp_path / "new" / "m", ["torchscript"])
+        export(Wrong(how), Interface(how, 16, 16), tmp_path / "new" / "m", [format], opset=17)
+    assert tuple(capfd.readouterr()) == ("", "")
     assert "no file is written" in str(error.value) and list(tmp_path.iterdir()) == []
 
 
