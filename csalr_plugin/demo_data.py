@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from csalr_plugin.errors import UserError
 
-VERSION = 1  # increase it with any change of the images: data of another version is refused
+VERSION = 2  # increase it with any change of the images: data of another version is refused
 HEIGHT, WIDTH = 128, 64  # pixels of an image
 FOLDER = Path("market1501", "Market-1501-v15.09.15")  # torchreid's place for it below the data root
 TRAIN, QUERY, GALLERY = "bounding_box_train", "query", "bounding_box_test"
@@ -59,6 +59,7 @@ def make_demo_data(
     train_images: int = 11,
     gallery_images: int = 6,
     distractors: int = 40,
+    cast: float = 0.0,
 ) -> Path:
     """Draw the data set under `root`, unless it exists already, and return `root`.
 
@@ -73,21 +74,26 @@ def make_demo_data(
         train_images: images for each training identity, 1 or more, over four to six cameras.
         gallery_images: images for each test identity, 2 or more, over up to four cameras.
         distractors: gallery images, numbered 0000, of scenery, parts of bodies and people of no identity.
+        cast: largest change of each colour channel's gain in an image, as a share from 0 to 0.9; 0 by default. With a
+            cast, a colour alone does not tell who it is, but its relation to the other colours of the person does.
 
     Raises:
         UserError: a setting is out of range, or `root` holds something else.
     """
-    settings = {
+    settings: dict[str, Any] = {
         "seed": seed,
         "train_identities": train_identities,
         "test_identities": test_identities,
         "train_images": train_images,
         "gallery_images": gallery_images,
         "distractors": distractors,
+        "cast": cast,
     }
-    for (name, value), least in zip(settings.items(), (0, 2, 1, 1, 2, 0), strict=True):
+    for (name, value), least in zip(settings.items(), (0, 2, 1, 1, 2, 0, 0), strict=True):
         if value < least:
             raise UserError(f"demo data: {name} is {value}; give {least} or more")
+    if not 0 <= cast <= 0.9:
+        raise UserError(f"demo data: cast is {cast}; give 0 to 0.9")
     if train_identities + test_identities > _MOST_IDENTITIES:
         given = f"{train_identities} + {test_identities}"
         raise UserError(f"demo data: {given} identities; give {_MOST_IDENTITIES} or fewer in all")
@@ -102,7 +108,7 @@ def make_demo_data(
         for split in (TRAIN, QUERY, GALLERY):
             (scratch / FOLDER / split).mkdir(parents=True)
         for shot in tqdm(shots, desc="demo data", unit="image"):
-            (scratch / FOLDER / shot.split / shot.name).write_bytes(_render(seed, shot))
+            (scratch / FOLDER / shot.split / shot.name).write_bytes(_render(seed, shot, cast))
         made = scratch / FOLDER.parent
         manifest = {"version": VERSION, "images": len(shots), "settings": settings}
         (made / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
@@ -404,7 +410,7 @@ def _scene(seed: int, camera: int) -> Image.Image:
     return _image(np.asarray(image) + np.asarray(coarse.resize(image.size, Image.Resampling.BICUBIC))[..., None])
 
 
-def _render(seed: int, shot: _Shot) -> bytes:
+def _render(seed: int, shot: _Shot, cast: float) -> bytes:
     """Return the JPEG file of `shot`."""
     rng, look = _rng(seed, *shot), _CAMERAS[shot.camera - 1]
     width, height = WIDTH * _OVER, HEIGHT * _OVER
@@ -430,7 +436,7 @@ def _render(seed: int, shot: _Shot) -> bytes:
         add(shot.identity or other + 1000, rng.normal(0.5, 0.07), rng.normal((1 - size) / 2, 0.035), size)
         _occlude(canvas, rng, lambda x: add(other, x, 0.08, 1.1))
     file = io.BytesIO()
-    _photograph(canvas, look, rng).save(file, "JPEG", quality=int(rng.integers(45, 90)))
+    _photograph(canvas, look, rng, cast).save(file, "JPEG", quality=int(rng.integers(45, 90)))
     return file.getvalue()
 
 
@@ -449,10 +455,12 @@ def _occlude(canvas: Image.Image, rng: np.random.Generator, pass_by: Callable[[f
         pass_by(_pick(rng, (-0.08, 1.08)))
 
 
-def _photograph(canvas: Image.Image, look: _Camera, rng: np.random.Generator) -> Image.Image:
+def _photograph(canvas: Image.Image, look: _Camera, rng: np.random.Generator, cast: float) -> Image.Image:
     """Return `canvas` at its final size, with the light, blur and noise of a camera."""
     small = canvas.resize((WIDTH, HEIGHT), Image.Resampling.BOX)
     small = small.filter(ImageFilter.GaussianBlur(rng.uniform(0, look.blur)))
     light = (np.asarray(small) / 255) ** look.gamma * look.gain * np.array(look.cast) * rng.uniform(0.85, 1.15)
     fall = np.linspace(rng.uniform(0.75, 1.2), rng.uniform(0.75, 1.2), WIDTH)  # light from one side
-    return _image(255 * light * fall[None, :, None] + rng.normal(0, look.noise, light.shape))
+    noise = rng.normal(0, look.noise, light.shape)
+    gain = rng.uniform(1 - cast, 1 + cast, 3)  # drawn last, so that no cast leaves the images as they are
+    return _image(255 * light * fall[None, :, None] * gain + noise)
