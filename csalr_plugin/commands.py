@@ -28,7 +28,7 @@ _EPILOG = """commands:
   train           train, evaluate or resume a model through torchreid, or with --host fastreid through fast-reid
   run             run an unmodified train script of torchreid or fast-reid with the plugin loaded
   models          list the models with their cost, and the default settings
-  demo            make a small data set, train pcb_csalr on it, show the accuracy before and after
+  demo            make a small data set, train pcb and pcb_csalr on it, show their accuracy
   export          export a trained model to ONNX, OpenVINO, TorchScript or torch.export, with proof of parity
   bench           measure the cost of the models side by side
   reproduce       reproduce the paper's tables and figures, with our numbers beside the paper's
@@ -212,8 +212,8 @@ def _columns(header: Sequence[str], rows: Sequence[Sequence[str]], alignment: st
 def _demo(argv: Sequence[str]) -> None:
     parser = Parser(
         prog="csalr demo",
-        description="Make a small data set of pedestrian-like images, train pcb_csalr on it through "
-        "torchreid or fast-reid, and show the accuracy before and after.",
+        description="Make a small data set of pedestrian-like images, train pcb and pcb_csalr on it alike through "
+        "torchreid or fast-reid, and show their accuracy, also with the gates of pcb_csalr set to 0.",
         epilog="example:\n  csalr demo --out demo --host fastreid",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

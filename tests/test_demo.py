@@ -14,7 +14,7 @@ from csalr_plugin.demo_data import make_demo_data
 from csalr_plugin.hosts.torchreid.config import find_config
 
 
-def test_the_demo_prints_a_table_and_where_its_files_are(
+def test_the_demo_prints_pcb_beside_pcb_csalr_with_and_without_its_gates_and_where_its_files_are(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     content = yaml.safe_load(find_config(demo.CONFIG).read_text())
@@ -26,11 +26,20 @@ def test_the_demo_prints_a_table_and_where_its_files_are(
     out = tmp_path / "out"
     assert main(["demo", "--out", str(out)]) == 0
     said = capsys.readouterr().out
-    table = said[said.rindex("pcb_csalr on the demo data") :]
-    for word in ("before training", "after training", "mAP", "rank-1", "rank-5", "rank-10", "checkpoint"):
+    table = said[said.rindex("queries, one seed") :]
+    for word in (
+        "mAP",
+        "rank-1",
+        "rank-5",
+        "rank-10",
+        "pcb, untrained",
+        "pcb_csalr, gates set to 0",
+        "gates of pcb_csalr",
+    ):
         assert word in table
-    assert (out / "run-1" / "model" / "model.pth.tar-1").is_file()
-    assert list((out / "run-1").glob("events.out.tfevents.*"))
-    (drawn,) = (out / "run-1" / "after").glob("ranked_folder_*.png")
+    for model in ("pcb", "pcb_csalr"):
+        assert (out / "run-1" / model / "model" / "model.pth.tar-1").is_file()
+        assert list((out / "run-1" / model).glob("events.out.tfevents.*"))
+    (drawn,) = (out / "run-1" / "pcb_csalr").glob("ranked_folder_*.png")
     assert str(drawn) in table
     assert said.count(f"folder:{out}") >= 3 and "identities" in said  # the report of the dataset

@@ -605,10 +605,18 @@ def test_the_demo_trains_in_fastreid_on_the_same_data(
     monkeypatch.setattr(demo, "make_demo_data", lambda folder, seed: root)
     assert main(["demo", "--out", str(tmp_path / "out"), "--host", "fastreid"]) == 0
     said = capsys.readouterr().out
-    table = said[said.rindex("pcb_csalr on the demo data") :]
-    for word in ("before training", "after training", "mAP", "rank-1", "rank-5", "rank-10", "checkpoint"):
+    table = said[said.rindex("queries, one seed") :]
+    for word in (
+        "pcb, untrained",
+        "pcb_csalr, gates set to 0",
+        "mAP",
+        "rank-1",
+        "rank-5",
+        "rank-10",
+        "gates of pcb_csalr",
+    ):
         assert word in table
-    assert (tmp_path / "out" / "run-1" / "model_final.pth").is_file()
+    assert (tmp_path / "out" / "run-1" / "pcb_csalr" / "model_final.pth").is_file()
 
 
 def test_reranking_works_without_a_gpu() -> None:

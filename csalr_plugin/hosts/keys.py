@@ -185,6 +185,10 @@ def _parse_stages(value: Any) -> tuple[int, ...]:
     return stages
 
 
+def _parse_gate_lr(value: Any) -> str:
+    return "auto" if value == "auto" else str(number(0).parse(value))
+
+
 def _parse_keep(value: Any) -> str:
     return "all" if value == "all" else str(integer(1, MANY).parse(value))
 
@@ -198,6 +202,7 @@ def _parse_layers(value: Any) -> tuple[str, ...]:
 LANDMARKS = Check(
     f"two positive integers of at most {_MOST_LANDMARKS}, rows and columns, such as 12,8", _parse_landmarks
 )
+GATE_LR = Check("auto or a number of at least 0", _parse_gate_lr)
 KEEP = Check("an integer of at least 1, or all", _parse_keep)
 LAYERS = Check("distinct names of layers, such as layer1,layer2", _parse_layers)
 STAGES = Check("distinct stages from 1 to 4, at least one, such as 1,2,3", _parse_stages)
@@ -227,9 +232,21 @@ KEYS = (
         "path of ImageNet weights, for PCB of a torchvision ResNet-50; empty: download",
     ),
     Key("attention_lr", 1.0, number(above=0), "learning rate of blocks and branches, relative to that of new layers"),
-    Key("gate_lr", 0.1, number(0), "learning rate of the gates alpha, relative to that of new layers"),
+    Key(
+        "gate_lr",
+        "auto",
+        GATE_LR,
+        "learning rate of the gates alpha, relative to that of new layers; auto: 0.1 with SGD, 10 with others",
+    ),
     Key("clip_gradient", 1.0, number(0), "largest gradient norm of a block; 0: no clipping"),
     Key("warmup", 100, integer(0, MANY), "optimizer steps of the warm-up of blocks, branches and gates"),
+    Key("warmup_all", False, BOOLEAN, "warm up all layers, not blocks, branches and gates alone"),
+    Key(
+        "plain_supervision",
+        False,
+        BOOLEAN,
+        "pcb and pcb_rpp: supervision branches on the plain stage outputs, a control without attention",
+    ),
     Key(
         "accumulate",
         1,

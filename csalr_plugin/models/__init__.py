@@ -80,6 +80,7 @@ def build_model(
     landmarks: tuple[int, int] = (12, 8),
     stages: Sequence[int] = (1, 2, 3),
     key_ratio: float = 0.25,
+    plain_supervision: bool = False,
 ) -> PCB:
     """Build the architecture `name`.
 
@@ -91,6 +92,7 @@ def build_model(
         pretrained_weights: path to a state dict of torchvision's ResNet-50; empty means torchvision's download.
         groups, landmarks, key_ratio: see `csalr_plugin.attention.build_attention`.
         stages: the stages of the ResNet, from 1 to 4, with a block after them.
+        plain_supervision: see `PCB`.
 
     Raises:
         UserError: the name is unknown, a setting is not allowed, or the weights cannot be downloaded or read.
@@ -108,6 +110,7 @@ def build_model(
         groups=groups,
         landmarks=landmarks,
         key_ratio=key_ratio,
+        plain_supervision=plain_supervision,
     )
     if pretrained:
         load_backbone(model, pretrained_weights)

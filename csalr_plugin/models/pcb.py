@@ -77,12 +77,15 @@ class PCB(nn.Module):
         stages: the stages of the ResNet, from 1 to 4, with a block after them.
         parts: horizontal stripes.
         groups, landmarks, key_ratio: see `csalr_plugin.attention.build_attention`. State dicts record them.
+        plain_supervision: without attention, supervise the mean over positions of each stage's output: the control
+            that separates deep supervision from attention.
 
     Attributes:
         feature_dim: width of the embedding, parts * 2048.
 
     Raises:
-        UserError: the loss is unknown, a stage is outside 1 to 4 or repeated, or a block refuses its settings.
+        UserError: the loss is unknown, `plain_supervision` is True for a model with attention, a stage is outside 1 to
+            4 or repeated, or a block refuses its settings.
     """
 
     conv1: nn.Conv2d
@@ -102,6 +105,7 @@ class PCB(nn.Module):
         groups: int = 2,
         landmarks: Sequence[int] = (12, 8),
         key_ratio: float = 0.25,
+        plain_supervision: bool = False,
     ) -> None:
         super().__init__()
         if loss not in ("softmax", "triplet"):
@@ -117,13 +121,21 @@ class PCB(nn.Module):
             layer.stride = (1, 1)
         for name in ("conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3", "layer4"):
             self.add_module(name, getattr(resnet, name))
+        if plain_supervision and attention != "none":
+            raise UserError(
+                "csalr.plain_supervision True is for a model without attention, pcb or pcb_rpp: the branches of a "
+                "model with attention have its attention."
+            )
         attended = sorted(stages) if attention != "none" else []
         settings: dict[str, Any] = {"groups": groups, "landmarks": landmarks, "key_ratio": key_ratio}
         self.attention = nn.ModuleDict(
             {f"stage{stage}": build_attention(attention, STAGE_CHANNELS[stage], **settings) for stage in attended}
         )
         self.supervision = nn.ModuleDict(
-            {f"stage{stage}": Supervision(STAGE_CHANNELS[stage], num_classes) for stage in attended}
+            {
+                f"stage{stage}": Supervision(STAGE_CHANNELS[stage], num_classes)
+                for stage in (sorted(stages) if plain_supervision else attended)
+            }
         )
         network: dict[str, Any] = {"head": "pcb", "attention": attention}
         if attended:
@@ -153,6 +165,8 @@ class PCB(nn.Module):
                     branch_logits.append(self.supervision[stage](pooled))
                 else:
                     x = block(x)
+            elif self.training and stage in self.supervision:  # `plain_supervision`
+                branch_logits.append(self.supervision[stage](x.mean((2, 3))))
         return x, branch_logits
 
     def pool_parts(self, features: Tensor) -> Tensor:

@@ -139,6 +139,18 @@ def parameter_roles(network: nn.Module) -> dict[nn.Parameter, Role]:
     return {parameter: role(parameter) for parameter in network.parameters()}
 
 
+def gate_rate(gate_lr: str, optimizer: torch.optim.Optimizer) -> float:
+    """Return the learning rate of the gates, relative to that of new layers, for the setting `gate_lr`.
+
+    "auto" is 0.1 with SGD, where the gradient of a gate, a sum over all positions, makes large steps. It is 10 with
+    Adam and its relatives, whose steps have the size of the learning rate whatever the gradient: at 0.1 a gate would
+    stay within a few hundredths of 0 in a short training.
+    """
+    if gate_lr != "auto":
+        return float(gate_lr)
+    return 0.1 if isinstance(optimizer, torch.optim.SGD) else 10.0
+
+
 def assign_role(group: dict[str, Any], role: Role, *, attention_lr: float, gate_lr: float) -> None:
     """Set the learning rate and weight decay that `role` gives to a group of an optimizer, in place.
 
@@ -191,10 +203,11 @@ class WarmUp:
     Args:
         optimizer: an optimizer whose groups were given their roles by `assign_role`.
         steps: length of the warm-up; 0 means none.
+        everything: scale the rates of all layers, not those of blocks and gates alone.
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer, steps: int) -> None:
-        self.groups = [group for group in optimizer.param_groups if "role" in group]
+    def __init__(self, optimizer: torch.optim.Optimizer, steps: int, everything: bool = False) -> None:
+        self.groups = [group for group in optimizer.param_groups if everything or "role" in group]
         self.steps = steps
 
     @contextmanager

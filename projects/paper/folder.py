@@ -17,7 +17,7 @@ from csalr_plugin.version import __version__
 
 # In the study's folder: its marker, and the results of `csalr bench cost`. In each training's folder: the rest.
 STUDY, COST = "study.json", "cost/cost.json"
-RUN, RESULT, CONSOLE = "run.json", "result.json", "console.log"
+RUN, RESULT, QUERIES, CONSOLE = "run.json", "result.json", "queries.json", "console.log"
 
 
 @contextlib.contextmanager

@@ -21,8 +21,9 @@ from tabulate import tabulate
 from csalr_plugin.files import write_json
 from csalr_plugin.hosts.records import METRICS, read_metrics
 
+from .ablation import HEADER, ablation_rows, describe_gates
 from .attention_maps import explanation, heading, reconstruction_tables
-from .folder import CONSOLE, COST, RESULT, RUN, STUDY, epochs_done, read_json
+from .folder import CONSOLE, COST, QUERIES, RESULT, RUN, STUDY, epochs_done, read_json
 from .plan import paper
 
 matplotlib.use("Agg")
@@ -116,11 +117,13 @@ def write_report(out: Path) -> Path:
         section, found = _table(table, trained, datasets)
         sections.append(section)
         records += found
+    section, ablation = _ablation(out, trained, datasets)
+    sections += [section, _gates(out, trained)]
     section, found = _costs(out)
     sections += [section, _figure4(out), _curves(trained), _cost_against_accuracy(trained), _trainings(trained)]
     records += found
     _write(out, [section for section in sections if section.parts])
-    write_json(out / "report.json", {"study": read_json(out / STUDY), "cells": records})
+    write_json(out / "report.json", {"study": read_json(out / STUDY), "cells": records, "ablation": ablation})
     with (out / "report.csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(_record("", "", "", "", None, None, "", [])))
         writer.writeheader()
@@ -271,6 +274,72 @@ def _gain(
         base = theirs[metric]
         cells += [f"{ours[0] - ours[1]:+.1f}{mark}", "-" if value is None or base is None else f"{value - base:+.1f}"]
     return cells
+
+
+def _folder(out: Path, run: Trained) -> Path:
+    return out / "runs" / f"{run.dataset}-{run.name}" / f"seed{run.seed}"
+
+
+def _ablation(out: Path, trained: Sequence[Trained], datasets: Sequence[str]) -> tuple[Section, list[dict[str, Any]]]:
+    """Return the section and the records of the ablation; both are empty unless its control is trained."""
+    table = paper()["ablation"]
+    section, records = Section(table["title"]), []
+    names = [row["run"] for row in table["rows"]]
+    for dataset in datasets:
+        finished = [run for run in trained if run.dataset == dataset and run.name in names and run.result]
+        if not any(run.name == "pcb-branches" for run in finished):
+            continue
+        folders = {name: [_folder(out, run) for run in finished if run.name == name] for name in names}
+        rows = ablation_rows(table, folders)
+        section.text(
+            f"On `{dataset}`, {len(rows[0].precisions[0])} queries. Seeds are given as mean ± standard deviation. A "
+            "row with gates set to 0 is the trained network of the row above it, without its attention at test time."
+        )
+        section.table(HEADER, [row.cells for row in rows])
+        section.text(
+            "Differences in mAP, in percentage points, paired by seed and query, with 95 % intervals of a bootstrap "
+            "over both. A difference is bold where its interval leaves out 0."
+        )
+        differences = [(row.name, *one) for row in rows for one in row.differences.items()]
+        section.table(
+            ("", "compared with", "difference", "seeds", "queries"),
+            [(name, other, one, one.seeds, one.queries) for name, other, one in differences],
+        )
+        if differences:
+            section.picture(f"ablation-{dataset}.png", _draw_differences(differences))
+        records += [
+            {"dataset": dataset, "row": name, "baseline": other, **vars(one)} for name, other, one in differences
+        ]
+    return section, records
+
+
+def _draw_differences(differences: Sequence[tuple[str, str, Any]]) -> Figure:
+    figure, axis = plt.subplots(figsize=(9, 0.8 + 0.34 * len(differences)), layout="constrained")
+    for line, (_, _, one) in enumerate(differences):
+        colour = "tab:blue" if one.holds else "tab:gray"
+        axis.plot((one.low, one.high), (line, line), color=colour, linewidth=2)
+        axis.plot(one.mean, line, "o", color=colour)
+    axis.axvline(0, color="black", linewidth=0.8)
+    axis.set_yticks(range(len(differences)), [f"{name} - {other}" for name, other, _ in differences], fontsize=8)
+    axis.invert_yaxis()
+    axis.grid(axis="x", alpha=0.3)
+    one = differences[0][2]
+    axis.set_xlabel("difference in mAP, percentage points, with 95 % interval")
+    axis.set_title(f"{one.queries} queries, {one.seeds} seeds", fontsize=9)
+    return figure
+
+
+def _gates(out: Path, trained: Sequence[Trained]) -> Section:
+    """List what each trained network loses when its gates are set to 0."""
+    section = Section("Gates: each network with and without its attention at test time")
+    lines = [
+        describe_gates(f"{run.name}, {run.dataset}, seed {run.seed}", read_json(path))
+        for run in trained
+        if run.result and (path := _folder(out, run) / QUERIES).exists()
+    ]
+    if lines:
+        section.code("\n".join(lines))
+    return section
 
 
 def _costs(out: Path) -> tuple[Section, list[dict[str, Any]]]:

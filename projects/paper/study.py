@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,19 @@ from csalr_plugin.hosts.keys import integer
 from csalr_plugin.hosts.torchreid.arguments import parse_arguments
 from csalr_plugin.version import __version__
 
-from .folder import CONSOLE, COST, RESULT, RUN, check_version, epochs_done, locked, newest_checkpoint, read_json
+from .ablation import describe_gates, measure_gates
+from .folder import (
+    CONSOLE,
+    COST,
+    QUERIES,
+    RESULT,
+    RUN,
+    check_version,
+    epochs_done,
+    locked,
+    newest_checkpoint,
+    read_json,
+)
 from .plan import HERE, PRESETS, TARGETS, Options, Run, as_word, config_of, paper, plan, split_overrides
 
 
@@ -78,6 +91,9 @@ def _parse(argv: Sequence[str]) -> Options:
     parser.add_argument(
         "--seeds", type=argument(integer(1, 1000)), default=1, metavar="N", help="train with seeds 1 to N (1)"
     )
+    parser.add_argument(
+        "--jobs", type=argument(integer(1, 256)), default=1, metavar="N", help="trainings at the same time (1)"
+    )
     parser.add_argument("--weights", type=path_argument, metavar="PATH", help="ResNet-50 state dict to start from")
     parser.add_argument(
         "--report", action="store_true", help="train nothing: write the report of the present state of DIR"
@@ -128,7 +144,7 @@ def study(options: Options) -> None:
             _mark_planned(run)
         failures: list[str] = []
         try:
-            failures = _train_all(options, runs)
+            failures = _train_all(runs, options.jobs)
             if options.target in ("table5", "all"):
                 failures += _measure(options)
             if options.target in ("figure4", "all") and not failures:
@@ -233,21 +249,30 @@ def _check_weights(options: Options, runs: Sequence[Run]) -> None:
         build_model("pcb", 2, pretrained=True, pretrained_weights=left[0].config.csalr.pretrained_weights)
 
 
-def _train_all(options: Options, runs: Sequence[Run]) -> list[str]:
+def _train_all(runs: Sequence[Run], jobs: int) -> list[str]:
     """Run the trainings that are not finished; return a line for each one that stopped."""
     left = [run for run in runs if not (run.folder / RESULT).exists()]
     if not runs:
         return []
-    print(f"{len(runs)} trainings, {len(runs) - len(left)} of them finished before; in {options.out / 'runs'}")
+    folder = runs[0].folder.parent.parent
+    print(f"{len(runs)} trainings, {len(runs) - len(left)} of them finished before; in {folder}")
     failures = []
     done = sum(run.epochs for run in runs) - sum(run.epochs - epochs_done(run.folder) for run in left)
     with tqdm(total=sum(run.epochs for run in runs), initial=done, unit="epoch", mininterval=1.0) as progress:
-        for run in left:
+
+        def one(run: Run) -> None:
             progress.set_description(f"{run.name}, seed {run.seed}")
             reason = train(run, progress)
             if reason:
                 failures.append(f"{run.name}, seed {run.seed}: {reason}")
                 tqdm.write(f"{run.name}, seed {run.seed} stopped: {reason}", file=sys.stderr)
+
+        if jobs == 1:  # in this thread, which gets Ctrl-C
+            for run in left:
+                one(run)
+        else:
+            with ThreadPoolExecutor(jobs) as pool:
+                list(pool.map(one, left))
     return failures
 
 
@@ -308,6 +333,10 @@ def _conclude(run: Run) -> str:
     finished = time.strftime("%Y-%m-%d %H:%M:%S %z")
     write_json(run.folder / RESULT, {**about, "training_seconds": seconds, "finished": finished, "results": results})
     last = newest_checkpoint(run.folder)
+    assert last is not None
+    measured = measure_gates(run, last)
+    write_json(run.folder / QUERIES, measured)
+    tqdm.write(describe_gates(f"{run.name}, seed {run.seed}", measured))
     for path in (run.folder / "model").glob("model.pth.tar-*"):
         if path != last:
             path.unlink()

@@ -163,6 +163,7 @@ def build(name: str, cfg: CfgNode) -> PCB:
         groups=settings.GROUPS,
         landmarks=tuple(settings.LANDMARKS),
         key_ratio=settings.KEY_RATIO,
+        plain_supervision=settings.PLAIN_SUPERVISION,
     )
     if cfg.MODEL.BACKBONE.PRETRAIN and not cfg.MODEL.WEIGHTS:
         load_backbone(model, settings.PRETRAINED_WEIGHTS or cfg.MODEL.BACKBONE.PRETRAIN_PATH)

@@ -91,7 +91,7 @@ class Trainer(DefaultTrainer):  # type: ignore[misc]  # fast-reid carries no typ
         self.checkpointer.settings = training_settings(self.cfg)
         self._kept = Checkpoints(cfg.CSALR.KEEP)
         self._best = -1.0  # the best mAP so far, from 0 to 1
-        self.warm_up = recipe.WarmUp(self.optimizer, cfg.CSALR.WARMUP)
+        self.warm_up = recipe.WarmUp(self.optimizer, cfg.CSALR.WARMUP, cfg.CSALR.WARMUP_ALL)
         if recipe.applies_to(network):
             clip = _ClipGradients(network, cfg.CSALR.CLIP_GRADIENT)
             self.optimizer.register_step_pre_hook(clip)
@@ -527,7 +527,10 @@ def _assign_rates(cfg: CfgNode, model: nn.Module, optimizer: torch.optim.Optimiz
         parameter = group["params"][0]
         if parameter in new:
             group["lr"] *= cfg.SOLVER.HEADS_LR_FACTOR
-        rates = {"attention_lr": cfg.CSALR.ATTENTION_LR, "gate_lr": cfg.CSALR.GATE_LR}
+        rates = {
+            "attention_lr": cfg.CSALR.ATTENTION_LR,
+            "gate_lr": recipe.gate_rate(cfg.CSALR.GATE_LR, optimizer),
+        }
         recipe.assign_role(group, role_of[parameter], **rates)
         kind = (role_of[parameter], parameter in new)
         alike = (kind, group["lr"], group["weight_decay"])

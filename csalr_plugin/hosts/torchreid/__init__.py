@@ -84,6 +84,7 @@ def _entry(name: str) -> Callable[..., Any]:
             landmarks=settings.landmarks,
             stages=settings.stages,
             key_ratio=settings.key_ratio,
+            plain_supervision=settings.plain_supervision,
         )
 
     return build

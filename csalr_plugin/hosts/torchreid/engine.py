@@ -102,7 +102,7 @@ class _PluginTraining(_HostEngine):
         if self.settings.compile:
             self.network.compile()  # in place: weights keep their names, hooks and other methods work as before
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.settings.amp == "fp16")
-        self.warm_up = recipe.WarmUp(self.optimizer, self.settings.warmup)
+        self.warm_up = recipe.WarmUp(self.optimizer, self.settings.warmup, self.settings.warmup_all)
         self.save_dir = Path(config.data.save_dir)
         self.results: dict[str, dict[str, float]] = {}
         self.monitor = Monitor(self)

@@ -53,9 +53,10 @@ def _give_roles(optimizer: torch.optim.Optimizer, network: nn.Module) -> None:
     for group in optimizer.param_groups:
         group["params"] = [one for one in group["params"] if role_of[one] is recipe.Role.HOST]
     host_groups = list(optimizer.param_groups)
+    gate_lr = recipe.gate_rate(settings.gate_lr, optimizer)
     for role in (recipe.Role.ATTENTION, recipe.Role.GATE):
         group = {"params": [one for one in role_of if role_of[one] is role], "lr": optimizer.defaults["lr"]}
-        recipe.assign_role(group, role, attention_lr=settings.attention_lr, gate_lr=settings.gate_lr)
+        recipe.assign_role(group, role, attention_lr=settings.attention_lr, gate_lr=gate_lr)
         optimizer.add_param_group(group)
     # The host prints the learning rate of the last group, which must be that of new layers.
     optimizer.param_groups[:] = [*optimizer.param_groups[-2:], *host_groups]
