@@ -51,6 +51,20 @@ def no_active_config() -> Iterator[None]:
         config.set_active_config(None)
 
 
+# Modules whose trainings draw the report and the sheet of ranked results, which take up to a second of each training.
+WITH_PICTURES = ("test_records", "test_fastreid", "test_demo")
+
+
+@pytest.fixture(autouse=True)
+def no_pictures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Outside of `WITH_PICTURES` a training writes no report and no sheet of ranked results."""
+    if request.module.__name__ not in WITH_PICTURES:
+        for name in ("csalr_plugin.hosts.torchreid.engine", "csalr_plugin.hosts.fastreid.trainer"):
+            if module := sys.modules.get(name):
+                monkeypatch.setattr(module, "write_report", lambda folder, **_: folder)
+                monkeypatch.setattr(module, "draw_ranked", lambda *_, **__: None)
+
+
 @pytest.fixture(params=["fast", "plain"])
 def either_form(request: pytest.FixtureRequest) -> Iterator[None]:
     """The test runs twice: with the compiled passes of the attention blocks, and with their plain form."""

@@ -33,6 +33,7 @@ from csalr_plugin.hosts.records import (
     phase_line,
     read_metrics,
 )
+from csalr_plugin.hosts.report import command_line, write_report
 
 
 def words(data: Path, *overrides: Any) -> list[str]:
@@ -266,3 +267,29 @@ def test_the_sheet_of_ranked_results_has_the_best_median_and_worst_queries(
     assert rows[0][1] == [("rank 1  d 0.1", ranked._RIGHT), ("rank 2  d 0.2", ranked._WRONG)]
     assert rows[2][1] == [("rank 1  d 0.2", ranked._WRONG), ("rank 2  d 0.3", ranked._WRONG)]
     assert Image.open(tmp_path / "sheet.png").size[0] > 300
+
+
+def test_the_report_is_one_page_with_curves_results_queries_settings_and_command(
+    run: tuple[Path, str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, out, _ = run
+    page = (folder / "report.html").read_text()
+    assert "Report of the training:" in out
+    for part in ("pcb_csalr on market1501", "Gates alpha", "Learning rates", "Loss (Eq. 18)", "train.max_epoch"):
+        assert part in page
+    assert page.count("<svg") == 5  # two evaluations are a curve too
+    assert 'name="viewport"' in page and not re.search(r'(src|href)="(?!data:|#)', page)  # nothing is loaded
+    _, evaluations = read_metrics(folder / METRICS)
+    rows = re.findall(r'<tr( class="best")?><td>market1501</td><td>(\d)</td><td>([\d.]+)%', page)
+    assert [float(row[2]) for row in rows] == [round(100 * line["mAP"], 1) for line in evaluations]
+    best = max(line["mAP"] for line in evaluations)
+    assert [bool(row[0]) for row in rows] == [line["mAP"] == best for line in evaluations]
+    monkeypatch.setattr("sys.orig_argv", ["/usr/bin/python", "/opt/bin/csalr", "train", "-s", "folder:my data"])
+    assert command_line() == "csalr train -s 'folder:my data'"
+
+
+def test_the_report_escapes_names(tmp_path: Path) -> None:
+    (tmp_path / METRICS).write_text(json.dumps({"epoch": 1, "loss": 1.0, "seconds": 1.0, "acc": 2.0}) + "\n")
+    options = {"settings": {"data.root": "<b>x"}, "defaults": {}, "checkpoints": ["<i>"]}
+    page = write_report(tmp_path, host="host", model="<script>", **options).read_text()
+    assert "<script>" not in page and "<b>x" not in page and "<i>" not in page and "&lt;script&gt;" in page

@@ -6,6 +6,7 @@ import base64
 import re
 import shlex
 import sys
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from io import BytesIO, StringIO
 from pathlib import Path
@@ -135,11 +136,11 @@ def _chart(title: str, ylabel: str, lines: Lines, names: Mapping[str, str], *, l
     present = {name: label for name, label in names.items() if any(name in line for line in lines)}
     if not present:
         return None
-    figure = Figure(figsize=(5.6, 3.3), layout="constrained")
-    axis = figure.subplots()
+    figure = Figure(figsize=(5.6, 3.3))
+    axis = figure.add_axes((0.13, 0.14, 0.6, 0.76))  # an automatic layout takes as long as the drawing
     for number, (name, label) in enumerate(present.items()):
         points = [(line["epoch"], line[name]) for line in lines if name in line]
-        (curve,) = axis.plot(*zip(*points, strict=True), markersize=4, label=label)
+        (curve,) = axis.plot(*zip(*points, strict=True), markersize=4, label=textwrap.fill(label, 18))
         curve.set(linestyle=("-", "--", "-.", ":")[number % 4], marker="o" if len(points) < 16 else "")
     axis.set(title=title, xlabel="epoch", ylabel=ylabel)
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -187,13 +188,12 @@ def _rates(epochs: Lines, _: Lines) -> Markup | None:
 def _precision(_: Lines, evaluations: Lines) -> Markup | None:
     if len({line["epoch"] for line in evaluations}) < 2:
         return None
-    per_cent = [
-        {
-            "epoch": line["epoch"],
-            **{f"{name} {line['dataset']}": 100 * line[name] for name in ("mAP", "rank-1") if name in line},
-        }
-        for line in evaluations
-    ]
+    several = len({line["dataset"] for line in evaluations}) > 1
+    per_cent: list[dict[str, Any]] = []
+    for line in evaluations:
+        found = {name: 100 * line[name] for name in ("mAP", "rank-1") if name in line}
+        named = {f"{name} {line['dataset']}" if several else name: value for name, value in found.items()}
+        per_cent.append({"epoch": line["epoch"], **named})
     names = dict.fromkeys(name for line in per_cent for name in line if name != "epoch")
     return _chart("Evaluations", "per cent", per_cent, {name: name for name in names})
 
