@@ -381,6 +381,7 @@ def unchanged(network: nn.Module, names: list[str]) -> bool:
         ("stage4", {}, "Small has no layer 'stage4'; its layers are stage1, .*Did you mean 'stage"),
         ("stage1.7", {}, "'stage1' of Small has no layer '7'; its layers are 0, 1, 2"),
         (("stage1", 3), {}, "Small has no layer '3'"),
+        (3, {}, "after 3 must be names of layers"),
         (("stage1", "stage1"), {}, "names the layer 'stage1' twice"),
         (("stage3", "stage3.1"), {}, "names the layer 'stage3.1' twice"),
         ("pool", {}, r"the output of layer 'pool' has the shape \(1, 32, 1, 1\), and attention needs a feature map"),
@@ -425,6 +426,22 @@ def test_a_layer_that_runs_twice_and_a_type_that_is_no_map_are_refused() -> None
         attach(Twice(), "sa", "layer", example=EXAMPLE)
     with pytest.raises(UserError, match="output of layer 'pair' has the type dict"):
         attach(Twice(), "sa", "pair", example=EXAMPLE)
+
+
+def test_a_layer_has_one_block_also_if_it_is_part_of_two_networks(images: Tensor) -> None:
+    inner = attended(num_classes=None)
+    outer = nn.Sequential(inner)
+    with pytest.raises(UserError, match=r"layer '0.stage1' has a block already"):
+        attach(outer, "sa", "0.stage1", example=EXAMPLE)
+    attach(outer, "sa", "0.stage1.1", example=EXAMPLE)
+    detach(outer)
+    assert list(inner.attention) == list(STAGES)
+
+
+def test_detach_works_after_a_layer_was_removed() -> None:
+    network = attended()
+    del network.stage2
+    assert not is_attended(detach(network))
 
 
 def test_a_transformer_s_outputs_are_no_feature_maps() -> None:

@@ -20,6 +20,7 @@ from csalr_plugin.hosts.torchreid import model_registry, zoo
 from csalr_plugin.hosts.torchreid.config import default_config, set_active_config
 from csalr_plugin.hosts.torchreid.optimizer import build_optimizer
 from csalr_plugin.models import recipe
+from csalr_plugin.models.weights import load_weights
 
 # The smallest model of each of the host's modules, and the image size that it needs.
 SMALLEST = {
@@ -227,6 +228,16 @@ def test_pretrained_weights_of_a_file_go_into_the_model_before_its_blocks(tmp_pa
     assert model.classifier.weight.shape[0] == 4
     with pytest.raises(UserError, match=r"has no weights of this ResNet: \d+ of its \d+ tensors are missing"):
         torchreid.models.build_model("resnet18_sa", 4, pretrained=True)
+
+
+def test_a_re_id_checkpoint_of_the_plain_model_loads_and_leaves_the_blocks_new(tmp_path: Path) -> None:
+    plain = model_registry()["osnet_x0_25"](num_classes=7, pretrained=False).eval()
+    torch.save({"state_dict": plain.state_dict(), "epoch": 3}, tmp_path / "model.pth.tar-3")
+    model = torchreid.models.build_model("osnet_x0_25_csalr", 4, pretrained=False).eval()
+    report = load_weights(model, tmp_path / "model.pth.tar-3")
+    assert {name.split(".")[0] for name in report.left} == {"attention", "supervision", "classifier"}
+    images = torch.randn(2, 3, 64, 32)
+    assert torch.equal(model(images), plain(images))
 
 
 def test_attention_maps_are_drawn_for_any_model_with_attention(tmp_path: Path) -> None:

@@ -67,6 +67,8 @@ def attach(
     _check_network(network)
     if num_classes is not None and (type(num_classes) is not int or num_classes < 1):
         raise UserError(f"num_classes {shown(num_classes)} must be a positive integer, or None for no supervision.")
+    if not isinstance(after, (str, Sequence)):
+        raise UserError(f"after {shown(after)} must be names of layers, such as ('layer1', 'layer2').")
     names = [after] if isinstance(after, str) else list(after)
     paths = _find_layers(network, names, example)
     blocks, branches, keys = nn.ModuleDict(), nn.ModuleDict(), {}
@@ -109,8 +111,10 @@ def detach(network: Network) -> Network:
         raise UserError(f"{type(network).__name__} has no attention that csalr_plugin.attach has added.")
     attachment: _Attachment = vars(network).pop(_ATTACHMENT)
     forget_network_settings(network, attachment.handles)
+    layers = dict(network.named_modules())
     for path in attachment.layers.values():
-        vars(network.get_submodule(path)).pop(_SITE, None)
+        if hasattr(layers.get(path), _SITE):  # or the layer was replaced or removed since
+            delattr(layers[path], _SITE)
     del network.attention
     if hasattr(network, "supervision"):
         del network.supervision
@@ -261,6 +265,8 @@ def _find_layers(network: nn.Module, names: Sequence[str], example: Tensor | Non
         path = next((one for one in paths if outputs[one]), paths[0])
         if path in found:
             raise UserError(f"after names the layer {path!r} twice; name it once.")
+        if hasattr(network.get_submodule(path), _SITE):
+            raise UserError(f"layer {path!r} has a block already, of another network that it is part of.")
         found[path] = _channels(name, outputs[path], example.shape)
     return list(found.items())
 
