@@ -218,7 +218,7 @@ def check_epoch(checkpoint: Mapping[str, Any], path: str | Path) -> int:
     if "epoch" not in checkpoint:
         raise UserError(
             f"Checkpoint {str(path)!r} says no epoch, so no training can be resumed from it; start anew from its "
-            "weights, with model.load_weights."
+            "weights, with model.load_weights (in fast-reid MODEL.WEIGHTS)."
         )
     epoch = checkpoint["epoch"]
     if not isinstance(epoch, Integral) or isinstance(epoch, bool) or not 0 <= int(epoch) <= _MOST_EPOCHS:
@@ -461,7 +461,7 @@ def load_exactly(model: nn.Module, given: Mapping[str, Tensor], path: str | Path
         raise UserError(
             f"Checkpoint {str(path)!r} is no checkpoint of this training: {len(wrong)} tensors do not match "
             f"({examples}, ...). Give the model name, the csalr settings and the data set that it was trained with, or "
-            "start anew from its weights, with model.load_weights."
+            "start anew from its weights, with model.load_weights (in fast-reid MODEL.WEIGHTS)."
         )
     model.load_state_dict(given)
 
