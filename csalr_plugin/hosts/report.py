@@ -85,7 +85,7 @@ def command_line() -> str:
 
 
 def _facts(epochs: Sequence[Mapping[str, Any]], evaluations: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
-    """Return the main numbers of a training: what each is, and its value."""
+    """Return the main numbers of a training as pairs of a name and a value."""
     facts = []
     if evaluations:
         last = [line for line in evaluations if line["epoch"] == evaluations[-1]["epoch"]]

@@ -29,7 +29,7 @@ def keep_freed_memory() -> None:
 
 
 def machine_failure(error: BaseException) -> str:
-    """Describe an error that the machine caused and not the program: lack of memory, a killed worker; else empty."""
+    """Describe an error of the machine, such as lack of memory or a killed worker; empty for other errors."""
     text = str(error)
     if "DataLoader worker" in text:
         return (

@@ -1,4 +1,4 @@
-"""Hooks and writers of the training loop: layers that train, and observers whose errors do not end a training."""
+"""Hooks and writers of the training loop: trained layers, records of epochs, and writers that cannot end a training."""
 
 from __future__ import annotations
 

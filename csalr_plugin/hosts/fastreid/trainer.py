@@ -234,7 +234,7 @@ class Trainer(DefaultTrainer):  # type: ignore[misc]  # fast-reid carries no typ
         return [*own, *theirs]
 
     def build_writers(self) -> list[EventWriter]:
-        """Return the host's writers of metrics but its printer, whose place `Records` takes.
+        """Return the host's writers of metrics without its printer, which `Records` replaces.
 
         Their errors do not end the training.
         """

@@ -77,7 +77,7 @@ class _StopBetweenBatches(KeyboardInterrupt):
 
 
 class _PluginTraining(_HostEngine):
-    """The methods that :func:`plugin_engine` adds to a host's engine. Settings come from the active config."""
+    """Methods that :func:`plugin_engine` adds to a host's engine. Settings come from the active config."""
 
     model: Any
     train_loader: Any
@@ -119,7 +119,7 @@ class _PluginTraining(_HostEngine):
         self._buffers_before: dict[str, Tensor] = {}  # buffers before the first batch of an incomplete step
 
     def forward_backward(self, data: dict[str, Any]) -> dict[str, float]:
-        """Train on one batch of the host's loop; return the numbers that are printed and go to TensorBoard."""
+        """Train on one batch of the host's loop; return the numbers for TensorBoard."""
         if self.batch_idx < self._batches_done:  # trained before the checkpoint that was resumed
             summary = {}
         else:
@@ -184,7 +184,7 @@ class _PluginTraining(_HostEngine):
         self._require_finite(summary, images, number)
         if complete:
             norm = values["gradient norm"]
-            # The scaler leaves out a step that overflowed and halves the scale; at a scale of 1 that no longer helps.
+            # The scaler skips a step that overflowed and halves the scale, which no longer helps at a scale of 1.
             if math.isfinite(norm) or not self.scaler.is_enabled() or self.scaler.get_scale() <= 1:
                 self._require_finite({"gradient norm": norm}, images, number)
             self._stepping = True

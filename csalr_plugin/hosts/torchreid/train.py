@@ -112,7 +112,7 @@ def _train(config: Config) -> dict[str, dict[str, float]]:
 
 
 def in_parallel(config: Config, network: nn.Module) -> nn.Module:
-    """Return the network for torchrun's processes, or else for all GPUs that this process sees."""
+    """Wrap the network for torchrun's processes, or else for all GPUs that this process sees."""
     if distributed.world_size() == 1:
         return nn.DataParallel(network) if config.use_gpu else network
     if config.csalr.sync_batch_norm:
@@ -164,7 +164,7 @@ def _image_size(config: Config) -> Iterator[None]:
 def compute_model_complexity(
     model: nn.Module, input_size: Sequence[int], verbose: bool = False, only_conv_linear: bool = True
 ) -> tuple[int, int]:
-    """Take the place of the host's function in its train script: a size that the model cannot take is one line.
+    """Replace the host's function in its train script: a size that the model cannot take is one line.
 
     Args:
         model, input_size, verbose, only_conv_linear: those of ``torchreid.utils.compute_model_complexity``.
@@ -185,7 +185,7 @@ def compute_model_complexity(
 def build_model(
     name: str, num_classes: int, loss: str = "softmax", pretrained: bool = True, use_gpu: bool = True
 ) -> nn.Module:
-    """Take the place of the host's function; nothing is downloaded if the active config loads a checkpoint.
+    """Replace the host's function; nothing is downloaded if the active config loads a checkpoint.
 
     Raises:
         UserError: ImageNet weights cannot be downloaded.
@@ -219,7 +219,7 @@ def build_engine(config: Config, datamanager: Any, model: nn.Module, optimizer: 
 
 
 def load_pretrained_weights(model: nn.Module, weight_path: str) -> None:
-    """Take the place of the host's function, which silently loads a part of a network.
+    """Replace the host's function, which silently loads a part of a network.
 
     Raises:
         UserError: the checkpoint cannot be read, or is of another architecture or other settings.
@@ -243,7 +243,7 @@ _OF_THE_ORDER = (
 
 
 def resume_from_checkpoint(fpath: str, model: nn.Module, optimizer: Any = None, scheduler: Any = None) -> int:
-    """Take the place of the host's function: load the whole state of a training, or raise an error.
+    """Replace the host's function: load the whole state of a training, or raise an error.
 
     Learning rates and other hyperparameters are those of the settings now, see `take_settings`.
 
@@ -314,7 +314,7 @@ def take_settings(config: Config) -> None:
 
 
 def check_isfile(fpath: str) -> bool:
-    """Take the place of the host's function, which only warns and trains without the checkpoint; return True.
+    """Replace the host's function, which only warns and trains without the checkpoint; return True.
 
     Raises:
         UserError: there is no such file.
