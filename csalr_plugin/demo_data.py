@@ -410,7 +410,7 @@ def _scene(seed: int, camera: int) -> Image.Image:
     return _image(np.asarray(image) + np.asarray(coarse.resize(image.size, Image.Resampling.BICUBIC))[..., None])
 
 
-def _render(seed: int, shot: _Shot, cast: float) -> bytes:
+def _render(seed: int, shot: _Shot, cast: float = 0.0) -> bytes:
     """Return the JPEG file of `shot`."""
     rng, look = _rng(seed, *shot), _CAMERAS[shot.camera - 1]
     width, height = WIDTH * _OVER, HEIGHT * _OVER

@@ -199,7 +199,7 @@ def test_a_set_that_lost_an_image_is_refused(tmp_path: Path) -> None:
 
 
 def test_an_interrupted_build_leaves_no_half_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupted(seed: int, shot: demo_data._Shot) -> bytes:
+    def interrupted(seed: int, shot: demo_data._Shot, cast: float) -> bytes:
         if shot.split == GALLERY:
             raise KeyboardInterrupt
         return b""
@@ -222,7 +222,7 @@ def test_leftovers_of_a_killed_build_are_ignored(tmp_path: Path) -> None:
 def test_the_second_of_two_simultaneous_builds_uses_the_data_of_the_first(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def overtaken(seed: int, shot: demo_data._Shot) -> bytes:
+    def overtaken(seed: int, shot: demo_data._Shot, cast: float) -> bytes:
         monkeypatch.setattr(demo_data, "_render", lambda *_: b"")
         make_demo_data(tmp_path, **TINY)
         return b"of the second"
