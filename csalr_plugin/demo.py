@@ -81,13 +81,14 @@ def _closed(checkpoint: Path, dataset: FolderData) -> tuple[dict[str, float], st
 
 
 def _in_torchreid(model: str, data: str, run: Path, seed: int) -> tuple[dict[str, float], dict[str, float], Path]:
+    from csalr_plugin.hosts.torchreid import registered_name
     from csalr_plugin.hosts.torchreid.config import Config, default_config
     from csalr_plugin.hosts.torchreid.train import train
 
     def config(folder: Path, *overrides: Any) -> Config:
         settings = default_config()
         settings.merge_from_file(CONFIG)
-        settings.merge_from_list(["model.name", model, "data.sources", [data], "data.targets", [data]])
+        settings.merge_from_list(["model.name", registered_name(model), "data.sources", [data], "data.targets", [data]])
         settings.merge_from_list(["data.save_dir", str(folder), "train.seed", seed])
         settings.merge_from_list(list(overrides))
         return settings

@@ -17,7 +17,7 @@ import csalr_plugin
 import csalr_plugin.hosts
 from csalr_plugin.errors import UserError
 from csalr_plugin.hosts import add_models, plugin_model, register_hosts
-from csalr_plugin.hosts.torchreid import dataset_names, model_registry, register
+from csalr_plugin.hosts.torchreid import dataset_names, model_registry, register, registered_name
 from csalr_plugin.hosts.torchreid.config import default_config, set_active_config
 from csalr_plugin.models import MODEL_NAMES
 
@@ -73,6 +73,33 @@ def test_a_host_keeps_its_own_model_and_the_plugins_is_built_under_another_name(
         assert set(MODEL_NAMES) <= set(registry) and "plugin_pcb_sa" not in registry
         model = torchreid.models.build_model("plugin_pcb_csalr", num_classes=5, pretrained=False, use_gpu=False)
         assert type(model) is csalr_plugin.PCB and list(model.attention) == ["stage1", "stage2", "stage3"]
+    finally:
+        registry.clear()
+        registry.update(before)
+
+
+def test_studies_build_the_plugins_model_whichever_name_it_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    registry = model_registry()
+    assert [registered_name(name) for name in ("pcb_csalr", "resnet50")] == ["pcb_csalr", "resnet50"]
+    monkeypatch.setitem(registry, "plugin_pcb_csalr", registry["pcb_csalr"])
+    monkeypatch.setitem(registry, "pcb_csalr", object())
+    assert [registered_name(name) for name in ("pcb_csalr", "resnet50")] == ["plugin_pcb_csalr", "resnet50"]
+
+
+def test_a_hosts_pcb_rpp_does_not_change_the_plugins_models_of_rpp(monkeypatch: pytest.MonkeyPatch) -> None:
+    registry = vars(torchreid.models)["__model_factory"]
+    before = dict(registry)
+    try:
+        for name in [name for name in registry if plugin_model(registry, name)]:
+            del registry[name]
+        registry["pcb_rpp"] = registry["pcb_p6"]
+        with pytest.warns(
+            UserWarning, match=r"models named pcb_rpp and keeps them; csalr_plugin's are plugin_pcb_rpp\."
+        ):
+            register()
+        for name in ("plugin_pcb_rpp", "pcb_rpp_csalr"):
+            model = torchreid.models.build_model(name, num_classes=5, pretrained=False)
+            assert type(model).__name__ == "RefinedPCB"
     finally:
         registry.clear()
         registry.update(before)

@@ -129,6 +129,22 @@ def test_native_block_equals_the_plain_block_in_float64(
         assert (results[1][name] - expected).abs().max() <= 1e-9 * scale, name
 
 
+@pytest.mark.parametrize("native_block", ["fastreid"], indirect=True)
+def test_native_block_of_fastreid_is_finite_under_fp16_autocast(native_block: Any) -> None:
+    """fast-reid trains with fp16: logits beyond 65504 do not overflow, and the map keeps its type."""
+    torch.manual_seed(0)
+    block = native_block(32, 2, (4, 4))
+    nn.init.constant_(block.norm["query"].weight, 300.0)
+    nn.init.constant_(block.norm["key"].weight, 300.0)
+    nn.init.constant_(block.alpha, 0.1)
+    x = torch.randn(2, 32, 6, 4).half().requires_grad_()
+    with torch.autocast("cpu", torch.float16):
+        out, pooled = block(x)
+    (out.float().sum() + pooled.sum()).backward()
+    assert out.dtype is torch.float16 and pooled.dtype is torch.float32
+    assert out.isfinite().all() and all(one.grad.isfinite().all() for one in (x, *block.parameters()))
+
+
 # The patched hosts
 
 

@@ -150,10 +150,11 @@ def image_size(name: str, height: int, width: int) -> tuple[int, int]:
 
 def build(name: str) -> nn.Module:
     """Build a model of torchreid's registry, which has the plugin's too, with random weights."""
-    from csalr_plugin.hosts.torchreid import model_registry
+    from csalr_plugin.hosts.torchreid import model_registry, registered_name
 
     warnings.filterwarnings("ignore", module=r"torchreid\.")  # of functions that today's torch calls otherwise
-    model: nn.Module = model_registry()[name](num_classes=NUM_CLASSES, loss="softmax", pretrained=False, use_gpu=False)
+    build_entry = model_registry()[registered_name(name)]
+    model: nn.Module = build_entry(num_classes=NUM_CLASSES, loss="softmax", pretrained=False, use_gpu=False)
     return model.eval()
 
 
@@ -220,13 +221,14 @@ def accuracy(
     results: Results, options: argparse.Namespace, name: str, path: Path, targets: Sequence[str]
 ) -> dict[str, dict[str, float]]:
     """Return mAP and rank-1, from 0 to 1, of one checkpoint on each target."""
+    from csalr_plugin.hosts.torchreid import registered_name
     from csalr_plugin.hosts.torchreid.config import default_config
     from csalr_plugin.hosts.torchreid.train import train
 
     height, width = results.counts[name]["size"]
     config = default_config()
     overrides = {
-        "model.name": name,
+        "model.name": registered_name(name),
         "model.pretrained": False,
         "model.load_weights": str(path),
         "data.root": str(options.root or "."),

@@ -35,7 +35,7 @@ from csalr_plugin.errors import UserError, shown, suggest
 from csalr_plugin.files import make_writable_folder, write_json
 from csalr_plugin.hosts import keys
 from csalr_plugin.hosts.images import read_image
-from csalr_plugin.hosts.torchreid import register
+from csalr_plugin.hosts.torchreid import register, registered_name
 from csalr_plugin.hosts.torchreid.arguments import Arguments, config_from_arguments, parse_arguments
 from csalr_plugin.hosts.torchreid.config import Config, set_active_config
 from csalr_plugin.hosts.torchreid.train import build_model
@@ -241,7 +241,8 @@ def initial_network(config: Config) -> Network:
     register()
     previous = set_active_config(config)
     try:
-        model = build_model(config.model.name, 2, pretrained=config.model.pretrained, use_gpu=False).eval()
+        name = registered_name(config.model.name)
+        model = build_model(name, 2, pretrained=config.model.pretrained, use_gpu=False).eval()
     finally:
         set_active_config(previous)
     network = Network(model, config.model.name, (data.height, data.width), data.norm_mean, data.norm_std)

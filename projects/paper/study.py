@@ -282,6 +282,10 @@ def train(run: Run, progress: Any) -> str:
     The end of the process frees all its memory, and a killed process does not harm the study.
     """
     words = [sys.executable, "-m", "csalr_plugin", "train", *run.arguments]
+    from csalr_plugin.hosts.torchreid import registered_name
+
+    if (key := registered_name(run.config.model.name)) != run.config.model.name:
+        words += ["model.name", key]
     if checkpoint := newest_checkpoint(run.folder):
         words += ["model.resume", str(checkpoint)]
     seen = epochs_done(run.folder)

@@ -31,7 +31,7 @@ from tqdm import tqdm
 from csalr_plugin.command_line import Parser, batch_argument, exit_code, path_argument, positive, side_argument
 from csalr_plugin.errors import UserError, shown
 from csalr_plugin.files import make_writable_folder, write_json
-from csalr_plugin.hosts.torchreid import register
+from csalr_plugin.hosts.torchreid import register, registered_name
 from csalr_plugin.hosts.torchreid.config import LR_SCHEDULER, OPTIMIZER, Config, default_config, set_active_config
 from csalr_plugin.hosts.torchreid.datasets import build_datamanager
 from csalr_plugin.hosts.torchreid.optimizer import build_optimizer
@@ -112,6 +112,7 @@ def run_study(options: argparse.Namespace) -> bool:
 
 def train(options: argparse.Namespace, root: str, start: str, model_name: str, seed: int) -> dict[str, Any]:
     """Train one run; return each term of the loss per iteration, and the softmax saturation of the blocks."""
+    model_name = registered_name(model_name)
     config = default_config()
     config.merge_from_file("configs/torchreid/pcb_384x128_sgd.yaml")
     overrides = {

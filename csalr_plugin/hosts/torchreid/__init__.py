@@ -8,9 +8,9 @@ from types import ModuleType
 from typing import Any
 
 from csalr_plugin.extras import needs
-from csalr_plugin.hosts import add_models
+from csalr_plugin.hosts import PREFIX, add_models, plugin_model
 
-__all__ = ["dataset_names", "host", "model_registry", "register"]
+__all__ = ["dataset_names", "host", "model_registry", "register", "registered_name"]
 
 
 def host() -> ModuleType:
@@ -40,7 +40,7 @@ def register() -> None:
     compat.apply()
     registry = _registry()
     own = {name: _entry(name) for name in MODEL_NAMES}
-    add_models("torchreid", registry, {**own, **zoo.entries(registry)})
+    add_models("torchreid", registry, {**zoo.entries(registry), **own})  # "pcb_rpp_sa" stays ours if a host has pcb_rpp
 
 
 def model_registry() -> dict[str, Callable[..., Any]]:
@@ -51,6 +51,15 @@ def model_registry() -> dict[str, Callable[..., Any]]:
     """
     register()
     return _registry()
+
+
+def registered_name(name: str) -> str:
+    """Return the name in torchreid's registry of the plugin's model `name`: with `PREFIX` if torchreid has its own.
+
+    The plugin's own studies build their models by this name. Every other name is returned as it is.
+    """
+    registry = model_registry()
+    return PREFIX + name if plugin_model(registry, PREFIX + name) == name else name
 
 
 def dataset_names(kind: str) -> tuple[str, ...]:
