@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import torchreid
 
 import csalr_plugin
@@ -19,6 +20,7 @@ from csalr_plugin.errors import UserError
 from csalr_plugin.hosts import add_models, plugin_model, register_hosts
 from csalr_plugin.hosts.torchreid import dataset_names, model_registry, register, registered_name
 from csalr_plugin.hosts.torchreid.config import default_config, set_active_config
+from csalr_plugin.hosts.trained import load_trained
 from csalr_plugin.models import MODEL_NAMES
 
 
@@ -84,6 +86,14 @@ def test_studies_build_the_plugins_model_whichever_name_it_has(monkeypatch: pyte
     monkeypatch.setitem(registry, "plugin_pcb_csalr", registry["pcb_csalr"])
     monkeypatch.setitem(registry, "pcb_csalr", object())
     assert [registered_name(name) for name in ("pcb_csalr", "resnet50")] == ["plugin_pcb_csalr", "resnet50"]
+
+
+def test_a_checkpoint_of_the_model_under_its_other_name_is_that_of_the_plugins_model(tmp_path: Path) -> None:
+    model = csalr_plugin.build_model("pcb", 3, pretrained=False)
+    settings = {"model.name": "plugin_pcb", "data.height": 64, "data.width": 32}
+    torch.save({"state_dict": model.state_dict(), "settings": settings}, tmp_path / "model.pth")
+    trained = load_trained(tmp_path / "model.pth")
+    assert trained.model == "pcb" and type(trained.network) is csalr_plugin.PCB
 
 
 def test_a_hosts_pcb_rpp_does_not_change_the_plugins_models_of_rpp(monkeypatch: pytest.MonkeyPatch) -> None:

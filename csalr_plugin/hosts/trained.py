@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from csalr_plugin.errors import UserError
 from csalr_plugin.extras import needs
+from csalr_plugin.hosts import PREFIX
 from csalr_plugin.hosts.keys import KEYS, TEXT, Check, integer, list_of, number
 from csalr_plugin.models import MODEL_NAMES, build_model
 from csalr_plugin.models.weights import (
@@ -176,7 +177,7 @@ class TrainedSettings:
             raise UserError(
                 f"{self.source} does not record its model: give its name, for example one of {', '.join(MODEL_NAMES)}."
             )
-        return str(name)
+        return str(name).removeprefix(PREFIX)  # the host in use here may have no model of this name
 
     def options(self) -> dict[str, Any]:
         """Return those options of the plugin's networks that are known."""
