@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
@@ -82,7 +83,7 @@ def messages_of(tree: ast.AST) -> Iterator[str]:
                 continue
             pieces = node.args[0].values if isinstance(node.args[0], ast.JoinedStr) else [node.args[0]]
             texts = [str(piece.value) if isinstance(piece, ast.Constant) else "…" for piece in pieces]
-            message = "".join(texts).strip()
+            message = re.sub(r"…[….,: ]*…", "…", "".join(texts)).strip()
             if len(message) > 20:
                 yield "".join(f"\\{letter}" if letter in "\\`*_{}[]<>#|$" else letter for letter in message)
 

@@ -42,7 +42,7 @@ def build_attention(
 
     Args:
         name: "sa" (Eq. 1-2), "csa" (Chen et al., 2020) or "csalr" (Eq. 11-17).
-        channels: C.
+        channels: channels C of the feature map.
         groups: heads of CSA and CSALR. SA has one group, as in the paper (section 4.2), whatever is given.
         landmarks: (H', W'): H' W' landmarks of CSALR, or bases of CSA, a group.
         key_ratio: C'/C, the width of queries and keys.
