@@ -59,6 +59,21 @@ def csalr() -> PCB:
 # Outputs
 
 
+@pytest.mark.parametrize("name", ["pcb", "pcb_rpp"])
+def test_the_reduced_embedding_is_the_input_of_the_six_classifiers_at_unit_length(name: str) -> None:
+    model = build(name).eval()
+    inputs: list[Tensor] = []
+    for linear in model.classifier:
+        linear.register_forward_pre_hook(lambda _, given: inputs.append(given[0]))
+    with torch.no_grad():
+        reduced = model.reduced_embedding(images())
+        model.training = True  # the layers stay in eval mode: running statistics, no dropout
+        model(images())
+    assert reduced.shape == (2, 6 * 256)
+    torch.testing.assert_close(reduced.reshape(2, 256, 6), nn.functional.normalize(torch.stack(inputs, dim=2), dim=1))
+    torch.testing.assert_close(reduced.reshape(2, 256, 6).norm(dim=1), torch.ones(2, 6))
+
+
 def test_the_eight_models_build_without_importing_a_host() -> None:
     code = (
         "import sys, torch\n"
