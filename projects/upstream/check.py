@@ -61,6 +61,14 @@ HOSTS = {
 }
 
 
+class Baseline(NamedTuple):
+    """Results of the host's linter and tests without a patch."""
+
+    findings: Counter[str]
+    tests: int
+    failed: set[str]
+
+
 @dataclass
 class Checkout:
     """A copy of a clone, at its newest commit.
@@ -243,14 +251,6 @@ def check_agreement(checkout: Checkout, host: str, model: str, report: Report) -
         for name in names:
             text = f"differ by {found[name]:.1e} in {dtype}; at most {LIMITS[name]:g}"
             report.line(name, found[name] <= LIMITS[name], text)
-
-
-class Baseline(NamedTuple):
-    """Results of the host's linter and tests without a patch."""
-
-    findings: Counter[str]
-    tests: int
-    failed: set[str]
 
 
 def check(host: str, clone: Path, names: Sequence[str]) -> bool:
