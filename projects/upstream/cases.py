@@ -37,10 +37,15 @@ def case(name: str) -> Callable[[Callable[[], None]], Callable[[], None]]:
 
 @case("torchreid/pcb_csalr")
 def build_pcb_csalr() -> None:
-    """The registry of torchreid has the model."""
+    """The registry of torchreid has the model; with the weights of a PCB, its embeddings are those of the PCB."""
+    import torch
     import torchreid
 
-    torchreid.models.build_model("pcb_csalr", 5, pretrained=False)
+    model, pcb = (torchreid.models.build_model(name, 5, pretrained=False).eval() for name in ("pcb_csalr", "pcb_p6"))
+    missing, unexpected = model.load_state_dict(pcb.state_dict(), strict=False)
+    assert {name.split(".")[0] for name in missing} == {"attention", "supervision"} and not unexpected
+    images = torch.rand(2, 3, 64, 32)
+    assert torch.equal(model(images), pcb(images))
 
 
 @case("torchreid/pcb_rpp")
@@ -121,7 +126,7 @@ def give_options_after_the_data_sets() -> None:
         # The empty data set ends the script after it has printed its config, before it would download anything.
         (Path(folder) / "market1501" / "Market-1501-v15.09.15").mkdir(parents=True)
         words = ["--root", folder, "--transforms", "random_flip", "data.height", "100", "-s", "market1501", "-t"]
-        words += ["market1501", "train.max_epoch", "3", "data.save_dir", folder]
+        words += ["market1501", "use_gpu", "False", "train.max_epoch", "3", "data.save_dir", folder]
         done = subprocess.run([sys.executable, "scripts/main.py", *words], capture_output=True, text=True)
     for line in ("height: 100", "max_epoch: 3", "sources: ['market1501']", "targets: ['market1501']"):
         assert line in done.stdout, f"the config of main.py {' '.join(words[2:10])} ... has no {line!r}"
