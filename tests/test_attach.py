@@ -251,6 +251,20 @@ def test_blocks_and_gates_have_the_learning_rate_roles_and_the_clipping_of_pcb(i
     assert recipe.applies_to(network) and not recipe.applies_to(Small())
 
 
+def test_a_layer_that_runs_in_eval_mode_alone_is_an_error_in_training(images: Tensor) -> None:
+    network = timm.create_model("resnet18", pretrained=False, num_classes=3)
+    attach(network, "sa", ("layer1", "layer2.1"), example=EXAMPLE)
+    assert network.train()(images).shape == (4, 3)
+    network.set_grad_checkpointing()  # then the network calls the members of layer1
+    with pytest.raises(UserError, match="block after layer 'layer1' did not run in training mode") as error:
+        network(images)
+    assert "\n" not in str(error.value)
+    attach(detach(network), "sa", ("layer1.1", "layer2.1"), num_classes=3, example=EXAMPLE)
+    set_gates(network, 0.3)
+    sum(logits.sum() for logits in network(images)).backward()
+    assert network.attention["layer1_1"].query.weight.grad.abs().sum() > 0
+
+
 def test_a_frozen_network_in_training_mode_still_returns_the_branches(images: Tensor) -> None:
     network = attended().train()
     network.attention.eval()

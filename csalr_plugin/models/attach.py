@@ -163,13 +163,15 @@ class _Site:
 
     Attributes:
         block, branch: references to children of the network, which registers them.
-        supervises: the network runs in training mode and has branches.
+        trains: the last forward pass of the network was in training mode. It stays set for layers that run again in
+            the backward pass.
+        ran: the block has run in that forward pass.
         logits: the branch's logits of the running forward pass.
     """
 
     def __init__(self, block: AttentionBlock, branch: Supervision | None) -> None:
         self.block, self.branch = block, branch
-        self.supervises = False
+        self.trains = self.ran = False
         self.logits: Tensor | None = None
 
 
@@ -190,17 +192,17 @@ def _start_forward(network: Any, _: Any) -> None:
         if site.block is not network.attention[key] or (branches is not None and site.branch is not branches[key]):
             site = _site_of(network, key)
             setattr(layer, _SITE, site)
-        supervises = network.training and branches is not None
-        if site.supervises != supervises or site.logits is not None:  # no side effects in an exported program
-            site.supervises, site.logits = supervises, None
+        if network.training or site.trains:  # no side effects in an exported program
+            site.trains, site.ran, site.logits = network.training, False, None
 
 
 def _attend(layer: nn.Module, _: Any, output: Any) -> Any:
     """Apply the block to a layer's output."""
     site: _Site = getattr(layer, _SITE)
     x = output if isinstance(output, Tensor) else output[0]
-    if site.supervises:
-        assert site.branch is not None
+    if site.trains:
+        site.ran = True
+    if site.trains and site.branch is not None:
         x, pooled = site.block.supervised(x)
         site.logits = site.branch(pooled)
     else:
@@ -212,6 +214,8 @@ def _attend(layer: nn.Module, _: Any, output: Any) -> Any:
 
 def _end_forward(network: Any, _: Any, output: Any) -> Any:
     """Append the branches' logits to the output in training mode."""
+    if network.training:
+        _require_all_blocks(network)
     branches = list(take_branch_logits(network).values())
     if not branches:
         return output
@@ -227,6 +231,16 @@ def _end_forward(network: Any, _: Any, output: Any) -> Any:
         f"{type(network).__name__} returns a {type(output).__name__} in training mode, to which no logits can be "
         "appended: call csalr_plugin.models.attach.take_branch_logits in its forward, or attach without num_classes."
     )
+
+
+def _require_all_blocks(network: nn.Module) -> None:
+    """Check that every block has run in this forward pass; the forward pass at `attach` was in eval mode."""
+    for path in getattr(network, _ATTACHMENT).layers.values():
+        if not getattr(network.get_submodule(path), _SITE).ran:
+            raise UserError(
+                f"the block after layer {path!r} did not run in training mode, where {type(network).__name__} does not "
+                "call that layer, as with gradient checkpointing; attach after another layer, such as its last member."
+            )
 
 
 def _check_network(network: object) -> None:
