@@ -69,6 +69,14 @@ def check_version(out: Path) -> dict[str, Any]:
     return marker
 
 
+def add_target(out: Path, target: str) -> None:
+    """Record in the marker of the study in `out` that `target` was asked for; reports show these targets alone."""
+    marker = read_json(out / STUDY)
+    targets = marker.get("targets", [])
+    if target not in targets:
+        write_json(out / STUDY, {**marker, "targets": [*targets, target]})
+
+
 def newest_checkpoint(folder: Path) -> Path | None:
     """Return the checkpoint in the folder of a training that has the most epochs, then the most batches."""
     found = []

@@ -1,4 +1,8 @@
-"""The report of a study: our numbers beside the paper's. Numbers of trainings that were not run stay empty."""
+"""The report of a study: our numbers beside the paper's, with the queries and seeds that they rest on.
+
+Numbers of trainings that were not run stay empty. Only the preset `full` prints a difference to a number of the paper,
+and `smoke` prints no accuracy.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +18,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import matplotlib
 from tabulate import tabulate
@@ -22,20 +27,69 @@ from csalr_plugin.files import write_json
 from csalr_plugin.hosts.records import METRICS, read_metrics
 
 from .ablation import HEADER, ablation_rows, describe_gates
-from .attention_maps import explanation, heading, reconstruction_tables
+from .attention_maps import draw_reconstruction, explanation, heading, reconstruction_tables
 from .folder import CONSOLE, COST, QUERIES, RESULT, RUN, STUDY, epochs_done, read_json
-from .plan import paper
+from .plan import paper, tables_of
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
 MARK = "*"
+_BOLD = "\x02"  # before a cell that is printed bold
 _STYLE = """body{font:15px/1.5 system-ui,sans-serif;margin:2em auto;max-width:78em;padding:0 1em;color:#222}
-table{border-collapse:collapse;margin:.6em 0 1.4em;font-size:14px}
+.scroll{overflow-x:auto;margin:.6em 0 1.4em}table{border-collapse:collapse;font-size:14px}
 th,td{border-bottom:1px solid #ddd;padding:.25em .7em;text-align:right;white-space:nowrap}
-th:first-child,td:first-child{text-align:left}thead th{border-bottom:2px solid #888}
-img{max-width:100%}pre{background:#f5f5f5;padding:.8em;overflow-x:auto;font-size:12px}"""
+th:first-child,td:first-child{text-align:left;position:sticky;left:0;background:#fff}
+thead th{border-bottom:2px solid #888}
+th.text,td.text{text-align:left;white-space:normal;min-width:20em}
+figure{margin:1em 0}figcaption{font-size:13px;color:#555}
+img{max-width:100%}pre{background:#f5f5f5;padding:.8em;overflow-x:auto;font-size:12px}nav ul{columns:2 18em}
+code{overflow-wrap:anywhere}"""
+
+
+@dataclass(frozen=True)
+class Scope:
+    """The part of a study that its report shows.
+
+    Attributes:
+        preset: the preset of the study.
+        targets: the targets that were asked for, such as "table1".
+    """
+
+    preset: str
+    targets: tuple[str, ...]
+
+    @property
+    def tables(self) -> tuple[str, ...]:
+        """The tables that were asked for, in the paper's order."""
+        asked = {table for target in self.targets for table in tables_of(target)}
+        return tuple(table for table in paper()["tables"] if table in asked)
+
+    @property
+    def ablation(self) -> bool:
+        """Whether the ablation was asked for."""
+        return "ablation" in self.targets
+
+    @property
+    def costs(self) -> bool:
+        """Whether Table 5 was asked for."""
+        return bool({"table5", "all"} & set(self.targets))
+
+    @property
+    def figure4(self) -> bool:
+        """Whether Figure 4 was asked for."""
+        return bool({"figure4", "all"} & set(self.targets))
+
+    @property
+    def accuracies(self) -> bool:
+        """Whether the report prints accuracies."""
+        return self.preset != "smoke"
+
+    @property
+    def differences(self) -> bool:
+        """Whether the report prints differences to the paper's numbers."""
+        return self.preset == "full"
 
 
 @dataclass(frozen=True)
@@ -88,9 +142,11 @@ class Section:
         """Append a paragraph."""
         self.parts.append(("text", text))
 
-    def table(self, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
-        """Append a table; cells are written as they are."""
-        self.parts.append(("table", (list(header), [[str(cell) for cell in row] for row in rows])))
+    def table(self, header: Sequence[str], rows: Iterable[Sequence[Any]], caption: str = "") -> None:
+        """Append a table; cells are written as they are. A table with a caption is exported to LaTeX too."""
+        if caption:
+            self.text(f"{caption}:")
+        self.parts.append(("table", (list(header), [[str(cell) for cell in row] for row in rows], caption)))
 
     def code(self, text: str) -> None:
         """Append preformatted text."""
@@ -103,27 +159,49 @@ class Section:
         plt.close(figure)
         self.parts.append(("picture", (name, buffer.getvalue())))
 
+    def link(self, caption: str, path: str) -> None:
+        """Append a picture that stays in its own file, at `path` relative to the report."""
+        self.parts.append(("link", (caption, path)))
 
-def write_report(out: Path) -> Path:
-    """Write ``report.md``, ``.html``, ``.json`` and ``.csv`` of the study in `out`; return the path of the first.
+
+def write_report(out: Path, target: str = "") -> Path:
+    """Write ``report.md``, ``.html``, ``.tex``, ``.json`` and ``.csv`` of the study in `out`; return the first path.
+
+    Args:
+        out: the folder of the study.
+        target: a target to show beside those that the study was asked for.
 
     Raises:
         UserError: a file of the study is damaged.
     """
+    study = read_json(out / STUDY)
+    scope = Scope(study["preset"], tuple(dict.fromkeys([*study.get("targets", []), *([target] if target else [])])))
     trained = collect(out)
     datasets = [name for name in paper()["datasets"] if any(run.dataset == name for run in trained)]
-    sections, records = [_summary(out, trained, datasets)], []
-    for table in paper()["tables"]:
-        section, found = _table(table, trained, datasets)
+    sections, records = [_summary(scope, trained, datasets)], []
+    for table in scope.tables:
+        section, found = _table(table, scope, trained, datasets)
         sections.append(section)
         records += found
-    section, ablation = _ablation(out, trained, datasets)
-    sections += [section, _gates(out, trained)]
-    section, found = _costs(out)
-    sections += [section, _figure4(out), _curves(trained), _cost_against_accuracy(trained), _trainings(trained)]
-    records += found
+    if scope.ablation:
+        section, ablation = _ablation(scope, out, trained, datasets)
+        sections.append(section)
+    else:
+        ablation = []
+    if scope.costs:
+        section, found = _costs(scope, out)
+        sections.append(section)
+        records += found
+    if scope.figure4:
+        sections.append(_figure4(out))
+    sections += [
+        _gates(scope, out, trained),
+        _curves(scope, trained),
+        _cost_against_accuracy(scope, trained),
+        _trainings(trained),
+    ]
     _write(out, [section for section in sections if section.parts])
-    write_json(out / "report.json", {"study": read_json(out / STUDY), "cells": records, "ablation": ablation})
+    write_json(out / "report.json", {"study": study, "cells": records, "ablation": ablation})
     with (out / "report.csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(_record("", "", "", "", None, None, "", [])))
         writer.writeheader()
@@ -141,23 +219,56 @@ def collect(out: Path) -> list[Trained]:
         given = (about["name"], about["dataset"], about["seed"], about["epochs"])
         done, begun = epochs_done(folder), (folder / CONSOLE).exists()
         found.append(Trained(*given, done, begun, about, result, curves, evaluations))
-    order = list(paper()["runs"])
-    return sorted(found, key=lambda run: (run.dataset, order.index(run.name), run.seed))
+    order = {name: number for number, name in enumerate(paper()["runs"])}
+    return sorted(found, key=lambda run: (run.dataset, order.get(run.name, len(order)), run.seed))
 
 
-def _summary(out: Path, trained: Sequence[Trained], datasets: Sequence[str]) -> Section:
-    section = Section("The paper's tables, and ours")
-    preset = read_json(out / STUDY)["preset"]
+def basis(runs: Sequence[Trained]) -> str:
+    """Return the number of queries and of seeds that results rest on, such as "200 queries, 2 seeds".
+
+    Seeds are those of finished trainings; if none is finished, those that are planned.
+    """
+    queries = {run.about["settings"]["data"].get("query") for run in runs} - {None}
+    seeds = {run.seed for run in runs if run.result} or {run.seed for run in runs}
+    numbers = [f"{count} {'query' if count == 1 else 'queries'}" for count in sorted(queries)]
+    return ", ".join([*numbers, f"{len(seeds)} seed{'s' if len(seeds) != 1 else ''}"])
+
+
+def _bases(trained: Sequence[Trained], datasets: Sequence[str], names: Iterable[str] | None = None) -> str:
+    """Return the basis of each dataset, such as "market1501: 200 queries, 2 seeds"."""
+    wanted = None if names is None else set(names)
+    chosen = {
+        dataset: [run for run in trained if run.dataset == dataset and (wanted is None or run.name in wanted)]
+        for dataset in datasets
+    }
+    return "; ".join(f"{dataset}: {basis(runs)}" for dataset, runs in chosen.items() if runs)
+
+
+def _summary(scope: Scope, trained: Sequence[Trained], datasets: Sequence[str]) -> Section:
+    given = _bases(trained, datasets)
+    title = paper()["ablation"]["title"] if scope.targets == ("ablation",) else "The paper's tables, and ours"
+    section = Section(f"{title} (preset {scope.preset}{f'; {given}' if given else ''})")
     finished = [run for run in trained if run.result]
     state = f"{len(finished)} of {len(trained)} trainings are done."
     if len(finished) < len(trained):
         state += " **This study is not finished.**"
-    section.text(f"Preset `{preset}`. {state}")
-    section.text(
-        "Accuracies are in per cent; several seeds are given as mean ± standard deviation. *Difference*: ours minus "
-        "the paper's. *Not run*: not trained here. *Epoch 3 of 10*: not finished. *Quoted*: the paper quotes this row "
-        "from elsewhere."
-    )
+    section.text(f"Preset `{scope.preset}`. {state}")
+    if not scope.accuracies:
+        section.text(
+            "The preset `smoke` checks that every row trains, evaluates and reaches this report. Its networks learn "
+            "nothing in seconds, so no accuracy is printed."
+        )
+    else:
+        section.text(
+            "Accuracies are in per cent; several seeds are given as mean ± standard deviation. *Not run*: not trained "
+            "here. *Epoch 3 of 10*: not finished. *Quoted*: the paper quotes this row from elsewhere. **Bold**: the "
+            "largest value of a column. It may be chance: the queries and seeds of each table are in its title."
+        )
+        section.text(
+            "*Difference*: ours minus the paper's, where the settings are the paper's."
+            if scope.differences
+            else f"The preset `{scope.preset}` does not train as the paper does, so no difference to it is printed."
+        )
     marked = [run for run in trained if run.about["deviations"]]
     if marked:
         section.text(
@@ -173,16 +284,27 @@ def _summary(out: Path, trained: Sequence[Trained], datasets: Sequence[str]) -> 
             lines += [(f"{run.name}, {run.dataset}", line) for line in own]
         section.table(("training", "difference from the paper's settings"), dict.fromkeys(lines))
     left_out = [about["title"] for name, about in paper()["datasets"].items() if name not in datasets]
-    if left_out:
+    if left_out and scope.tables:
         section.text(f"Not run at all: {', '.join(left_out)}.")
     return section
 
 
 def _record(
-    table: str, row: str, dataset: str, metric: str, paper_value: Any, ours: Any, state: str, runs: Sequence[Trained]
+    table: str,
+    row: str,
+    dataset: str,
+    metric: str,
+    paper_value: Any,
+    ours: Any,
+    state: str,
+    runs: Sequence[Trained],
+    *,
+    compared: bool = False,
 ) -> dict[str, Any]:
     values = [value for run in runs if (value := run.value(metric)) is not None]
     mean = statistics.fmean(values) if values else ours
+    as_published = not any(run.about["deviations"] for run in runs) if values else None
+    comparable = compared and as_published and mean is not None and paper_value is not None
     return {
         "table": table,
         "row": row,
@@ -192,8 +314,8 @@ def _record(
         "standard_deviation": statistics.stdev(values) if len(values) > 1 else None,
         "seeds": len(values),
         "paper": paper_value,
-        "difference": mean - paper_value if mean is not None and paper_value is not None else None,
-        "papers_settings": not any(run.about["deviations"] for run in runs) if values else None,
+        "difference": mean - paper_value if comparable else None,
+        "papers_settings": as_published,
         "state": state,
     }
 
@@ -218,134 +340,206 @@ def _cell(record: dict[str, Any]) -> str:
     )
 
 
-def _difference(record: dict[str, Any], form: str = "+.1f") -> str:
-    value = record["difference"]
-    return "-" if value is None else f"{value:{form}}{'' if record['papers_settings'] else MARK}"
+def _bold_largest(rows: Sequence[list[str]], values: Sequence[Sequence[float | None]], columns: Sequence[int]) -> None:
+    """Mark the largest value of each column, if there are at least two.
+
+    Args:
+        rows: the cells of the table, changed in place.
+        values: the values of a row, one per entry of `columns`.
+        columns: the columns of the cells.
+    """
+    for number, column in enumerate(columns):
+        given = [row[number] for row in values]
+        largest = max((value for value in given if value is not None), default=None)
+        if sum(value is not None for value in given) > 1:
+            for row, value in zip(rows, given, strict=True):
+                if value is not None and value == largest:
+                    row[column] = _BOLD + row[column]
 
 
 def _number(value: float | None, form: str = ".1f") -> str:
     return "-" if value is None else format(value, form)
 
 
-def _table(name: str, trained: Sequence[Trained], datasets: Sequence[str]) -> tuple[Section, list[dict[str, Any]]]:
+def _table(
+    name: str, scope: Scope, trained: Sequence[Trained], datasets: Sequence[str]
+) -> tuple[Section, list[dict[str, Any]]]:
     table = paper()["tables"][name]
-    section, records = Section(table["title"]), []
-    columns = table["columns"]
+    columns, runs_of = table["columns"], {row["run"] for row in table["rows"] if "run" in row}
+    given = _bases(trained, datasets, runs_of) if scope.accuracies else ""
+    section, records = Section(table["title"] + (f" ({given})" if given else "")), []
+    words = ("", "paper", "difference") if scope.differences else ("", "paper")
     for dataset in datasets:
-        rows, gains = [], []
+        here = [run for run in trained if run.dataset == dataset and run.name in runs_of]
+        rows: list[list[str]] = []
+        values, seeds, gains = [], [], []
         for row in table["rows"]:
-            runs = [run for run in trained if run.name == row.get("run") and run.dataset == dataset]
+            runs = [run for run in here if run.name == row.get("run")]
             state = _state(runs) if "run" in row else "quoted"
-            given = dict(zip(columns, row.get(dataset) or [None] * len(columns), strict=True))
-            found = [_record(name, row["name"], dataset, one, given[one], None, state, runs) for one in columns]
+            published = dict(zip(columns, row.get(dataset) or [None] * len(columns), strict=True))
+            shown_runs = runs if scope.accuracies else []
+            found = [
+                _record(
+                    name,
+                    row["name"],
+                    dataset,
+                    one,
+                    published[one],
+                    None,
+                    state,
+                    shown_runs,
+                    compared=scope.differences,
+                )
+                for one in columns
+            ]
             records += found
-            cells = [(_cell(one), _number(one["paper"]), _difference(one)) for one in found]
-            rows.append((row["name"], *(cell for three in cells for cell in three), state))
-            if "baseline" in row:
-                gains.append((row, runs, given))
-        section.text(f"On `{dataset}`, the paper's **{paper()['datasets'][dataset]['title']}**:")
-        shown = [word for one in columns for word in (one, "paper", "difference")]
-        section.table(("", *shown, "trainings"), rows)
-        if gained := [line for one in gains if (line := _gain(table, dataset, trained, *one))]:
-            section.text("Gained over the same network without attention:")
-            section.table(("", *(word for one in columns for word in (one, "paper"))), gained)
+            if not scope.accuracies:
+                if "run" in row:
+                    rows.append([row["name"], "trained" if runs and all(run.result for run in runs) else state])
+                continue
+            cells = [(_cell(one), _number(one["paper"]), _number(one["difference"], "+.1f")) for one in found]
+            rows.append([row["name"], *(cell for three in cells for cell in three[: len(words)]), state])
+            values.append([value for one in found for value in (one["ours"], one["paper"])])
+            seeds.append(max(one["seeds"] for one in found))
+            if "baseline" in row and (gain := _gain(table, scope, dataset, here, row, published)):
+                gains.append(gain)
+        title = paper()["datasets"][dataset]["title"]
+        if not scope.accuracies:
+            section.table(("", "trainings"), rows, f"{table['title']}: trainings on {dataset}")
+            continue
+        for mine, count in zip(values, seeds, strict=True):
+            if count < max(seeds):  # compare only means over the same number of seeds
+                mine[::2] = [None] * len(columns)
+        places = [1 + len(words) * index + place for index in range(len(columns)) for place in (0, 1)]
+        _bold_largest(rows, values, places)
+        about = f"preset {scope.preset}, {basis(here)}" if here else "not run"
+        shown = [word or one for one in columns for word in words]
+        section.table(("", *shown, "trainings"), rows, f"{table['title']}, on {dataset} (paper: {title}); {about}")
+        if gains:
+            header = [word for one in columns for word in ((one, "paper") if scope.differences else (one,))]
+            caption = f"Gained over the same network without attention, on {dataset}; {about}, paired by seed"
+            section.table(("", *header), gains, caption)
     return section, records
 
 
 def _gain(
     table: dict[str, Any],
+    scope: Scope,
     dataset: str,
     trained: Sequence[Trained],
     row: dict[str, Any],
-    runs: Sequence[Trained],
-    given: dict[str, float | None],
+    published: dict[str, float | None],
 ) -> list[str] | None:
-    """Return the gain of a row over its baseline, ours beside the paper's; None if either is not trained."""
-    before = [run for run in trained if run.name == row["baseline"] and run.dataset == dataset and run.result]
-    runs = [run for run in runs if run.result]
-    if not before or not runs:
+    """Return the gain of a row over its baseline with the same seeds; None if no seed of both is trained.
+
+    With several seeds it is mean ± standard deviation of the differences. The paper's gain stands beside it where the
+    settings are the paper's.
+    """
+    after, before = (
+        {run.seed: run for run in trained if run.name == name and run.result} for name in (row["run"], row["baseline"])
+    )
+    seeds = sorted(after.keys() & before.keys())
+    if not seeds:
         return None
     reference = next(one for one in table["rows"] if one.get("run") == row["baseline"])
-    theirs = dict(zip(table["columns"], reference.get(dataset) or [None] * len(given), strict=True))
-    mark = MARK if any(run.about["deviations"] for run in [*before, *runs]) else ""
+    theirs = dict(zip(table["columns"], reference.get(dataset) or [None] * len(published), strict=True))
+    deviates = any(run.about["deviations"] for seed in seeds for run in (after[seed], before[seed]))
     cells = [row["name"]]
-    for metric, value in given.items():
-        ours = [statistics.fmean([run.value(metric) or 0.0 for run in some]) for some in (runs, before)]
-        base = theirs[metric]
-        cells += [f"{ours[0] - ours[1]:+.1f}{mark}", "-" if value is None or base is None else f"{value - base:+.1f}"]
+    for metric, value in published.items():
+        gains = [(after[seed].value(metric) or 0.0) - (before[seed].value(metric) or 0.0) for seed in seeds]
+        spread = f" ± {statistics.stdev(gains):.1f}" if len(gains) > 1 else ""
+        cells.append(f"{statistics.fmean(gains):+.1f}{spread}{MARK if deviates else ''}")
+        if scope.differences:
+            base = theirs[metric]
+            cells.append("-" if value is None or base is None or deviates else f"{value - base:+.1f}")
     return cells
 
 
-def _folder(out: Path, run: Trained) -> Path:
-    return out / "runs" / f"{run.dataset}-{run.name}" / f"seed{run.seed}"
-
-
-def _ablation(out: Path, trained: Sequence[Trained], datasets: Sequence[str]) -> tuple[Section, list[dict[str, Any]]]:
-    """Return the section and the records of the ablation; both are empty unless its control is trained."""
+def _ablation(
+    scope: Scope, out: Path, trained: Sequence[Trained], datasets: Sequence[str]
+) -> tuple[Section, list[dict[str, Any]]]:
+    """Return the section and the records of the ablation."""
     table = paper()["ablation"]
-    section, records = Section(table["title"]), []
-    names = [row["run"] for row in table["rows"]]
+    names = {row["run"]: row["name"] for row in table["rows"]}
+    given = _bases(trained, datasets, names) if scope.accuracies else ""
+    section, records = Section(table["title"] + (f" ({given})" if given else "")), []
     for dataset in datasets:
-        finished = [run for run in trained if run.dataset == dataset and run.name in names and run.result]
-        if not any(run.name == "pcb-branches" for run in finished):
+        here = [run for run in trained if run.dataset == dataset and run.name in names]
+        if not scope.accuracies:
+            states = [(name, _state([one for one in here if one.name == run])) for run, name in names.items()]
+            section.table(("", "trainings"), states, f"{table['title']}: trainings on {dataset}")
             continue
-        folders = {name: [_folder(out, run) for run in finished if run.name == name] for name in names}
-        rows = ablation_rows(table, folders)
-        section.text(
-            f"On `{dataset}`, {len(rows[0].precisions[0])} queries. Seeds are given as mean ± standard deviation. A "
-            "row with gates set to 0 is the trained network of the row above it, without its attention at test time."
+        finished = [run for run in here if run.result and (_folder(out, run) / QUERIES).exists()]
+        if not finished:
+            section.text(f"On `{dataset}`: no training is finished.")
+            continue
+        rows = ablation_rows(
+            table, {name: [_folder(out, run) for run in finished if run.name == name] for name in names}
         )
-        section.table(HEADER, [row.cells for row in rows])
+        about = f"{dataset}, preset {scope.preset}, {basis(here)}"
+        section.table(HEADER, [row.cells for row in rows], f"{table['title']}, on {about}")
         section.text(
-            "Differences in mAP, in percentage points, paired by seed and query, with 95 % intervals of a bootstrap "
-            "over both. A difference is bold where its interval leaves out 0."
+            "Seeds are given as mean ± standard deviation. A row with gates set to 0 is the trained network of the row "
+            "above it, without its attention at test time."
         )
         differences = [(row.name, *one) for row in rows for one in row.differences.items()]
         section.table(
             ("", "compared with", "difference", "seeds", "queries"),
-            [(name, other, one, one.seeds, one.queries) for name, other, one in differences],
+            [
+                (name, other, f"{_BOLD if one.holds else ''}{str(one).strip('*')}", one.seeds, one.queries)
+                for name, other, one in differences
+            ],
+            f"Differences in mAP in percentage points with 95 % intervals, on {about}",
+        )
+        section.text(
+            "Differences are paired by seed and query; the intervals are of a bootstrap over both, and with one seed "
+            "over queries alone. A difference is bold where its interval leaves out 0."
         )
         if differences:
-            section.picture(f"ablation-{dataset}.png", _draw_differences(differences))
+            section.picture(f"ablation-{dataset}", _draw_differences(f"{table['title']}\n{about}", differences))
         records += [
             {"dataset": dataset, "row": name, "baseline": other, **vars(one)} for name, other, one in differences
         ]
     return section, records
 
 
-def _draw_differences(differences: Sequence[tuple[str, str, Any]]) -> Figure:
-    figure, axis = plt.subplots(figsize=(9, 0.8 + 0.34 * len(differences)), layout="constrained")
+def _draw_differences(title: str, differences: Sequence[tuple[str, str, Any]]) -> Figure:
+    figure, axis = plt.subplots(figsize=(10, 1.2 + 0.34 * len(differences)), layout="constrained")
     for line, (_, _, one) in enumerate(differences):
         colour = "tab:blue" if one.holds else "tab:gray"
         axis.plot((one.low, one.high), (line, line), color=colour, linewidth=2)
         axis.plot(one.mean, line, "o", color=colour)
     axis.axvline(0, color="black", linewidth=0.8)
-    axis.set_yticks(range(len(differences)), [f"{name} - {other}" for name, other, _ in differences], fontsize=8)
+    labels = [f"{name} - {other}\n{one.seeds} seed{'s' if one.seeds > 1 else ''}" for name, other, one in differences]
+    axis.set_yticks(range(len(differences)), labels, fontsize=7)
     axis.invert_yaxis()
     axis.grid(axis="x", alpha=0.3)
-    one = differences[0][2]
     axis.set_xlabel("difference in mAP, percentage points, with 95 % interval")
-    axis.set_title(f"{one.queries} queries, {one.seeds} seeds", fontsize=9)
+    figure.suptitle(title, fontsize=10)
     return figure
 
 
-def _gates(out: Path, trained: Sequence[Trained]) -> Section:
-    """List what each trained network loses when its gates are set to 0."""
+def _folder(out: Path, run: Trained) -> Path:
+    return out / "runs" / f"{run.dataset}-{run.name}" / f"seed{run.seed}"
+
+
+def _gates(scope: Scope, out: Path, trained: Sequence[Trained]) -> Section:
+    """List the accuracy that each trained network loses when its gates are set to 0."""
     section = Section("Gates: each network with and without its attention at test time")
     lines = [
         describe_gates(f"{run.name}, {run.dataset}, seed {run.seed}", read_json(path))
         for run in trained
         if run.result and (path := _folder(out, run) / QUERIES).exists()
     ]
-    if lines:
+    if lines and scope.accuracies:
         section.code("\n".join(lines))
     return section
 
 
-def _costs(out: Path) -> tuple[Section, list[dict[str, Any]]]:
+def _costs(scope: Scope, out: Path) -> tuple[Section, list[dict[str, Any]]]:
     """Return the section and records of Table 5, from the results of ``csalr bench cost`` in the study's folder."""
     table = paper()["costs"]
-    section, records, rows = Section(table["title"]), [], []
+    section, records, rows = Section(f"{table['title']} (preset {scope.preset})"), [], []
     path = out / COST
     measured = read_json(path) if path.exists() else {}
     figures = {"MB an image": ("kept_bytes", 1e6), "images a second": ("eval_fps", 1.0)}
@@ -371,7 +565,8 @@ def _costs(out: Path) -> tuple[Section, list[dict[str, Any]]]:
                 cells.append("-" if mine is None or base is None else f"{mine / base - 1:+.1%}{MARK}")
                 cells.append(f"{value / first['paper'][index] - 1:+.1%}")
         rows.append((row["name"], *cells))
-    section.table(("", *(word for one in table["columns"] for word in (one, "paper", "over PCB", "paper"))), rows)
+    header = ("", *(word for one in table["columns"] for word in (one, "paper", "over PCB", "paper")))
+    section.table(header, rows, f"{table['title']}; preset {scope.preset}")
     if measured:
         settings = ", ".join(
             f"{name} {_plain(value)}" for name, value in measured["settings"].items() if name != "rows"
@@ -390,41 +585,68 @@ def _plain(value: Any) -> str:
 
 def _figure4(out: Path) -> Section:
     section = Section("Figure 4: attention maps")
-    folder = out / "figure4"
-    measured = sorted(folder.glob("*/*/reconstruction-*.json"))
+    measured = sorted((out / "figure4").glob("*/*/reconstruction-*.json"))
     if not measured:
         section.text("not run")
         return section
+    section.text(
+        "The photographs of the dataset stay in their files in `figure4/`, which this report shows and does not copy. "
+        "Read the licence of the dataset before you pass them on."
+    )
     for path in measured:
         about = read_json(path)
-        pictures = ", ".join(f"`{one.relative_to(out).as_posix()}`" for one in sorted(path.parent.glob("*.png")))
-        section.text(
-            f"`{about['model']}` on `{path.parent.parent.name}`: {pictures}. They show people and are not copied here."
+        dataset = path.parent.parent.name
+        section.text(f"**On {dataset}: {heading(about)}**")
+        for picture in sorted(path.parent.glob("*.png")):
+            if picture.stem != path.stem:
+                caption = f"{about['model']} on {dataset}: {picture.stem}"
+                section.link(caption, picture.relative_to(out).as_posix())
+        section.picture(
+            f"figure4-{about['model']}-{dataset}",
+            draw_reconstruction(f"{about['title']}; {dataset}, {about['images']} queries", about["rows"]),
         )
-        section.text(heading(about))
         for caption, header, lines in reconstruction_tables(about["rows"]):
-            section.text(caption)
-            section.table(header, lines)
+            section.table(header, lines, f"{about['model']} on {dataset}, {about['images']} queries: {caption[:-1]}")
         for text in explanation(about["rows"]):
             section.text(text)
     return section
 
 
-def _curves(trained: Sequence[Trained]) -> Section:
+def _asked(scope: Scope) -> dict[str, tuple[str, dict[str, str]]]:
+    """Return the title and the names of the runs of each table that was asked for, the ablation included."""
+    tables = {name: paper()["tables"][name] for name in scope.tables or (["table1"] if scope.figure4 else [])}
+    tables |= {"ablation": paper()["ablation"]} if scope.ablation else {}
+    return {
+        name: (about["title"], {row["run"]: row["name"] for row in about["rows"] if "run" in row})
+        for name, about in tables.items()
+    }
+
+
+def _names(scope: Scope) -> dict[str, str]:
+    """Return a name of each run that was asked for, which tells all of them apart."""
+    names: dict[str, str] = {}
+    for table, (_, rows) in _asked(scope).items():
+        prefix = "" if table in ("table1", "ablation") else "PCB + CSALR, "
+        for run, name in rows.items():
+            names.setdefault(run, "PCB" if run == "pcb" else prefix + name)
+    return names
+
+
+def _curves(scope: Scope, trained: Sequence[Trained]) -> Section:
     """Plot the losses per epoch and the mAP per evaluation, one picture per dataset and table."""
     section = Section("Learning curves")
     if len({run.seed for run in trained}) > 1:
         section.text("Each line is one seed; the first seed of a training is darkest.")
     drawn: set[tuple[str, ...]] = set()
-    for table, about in paper()["tables"].items():
-        names = dict.fromkeys(row["run"] for row in about["rows"] if "run" in row)
+    for table, (title, names) in _asked(scope).items():
         for dataset in dict.fromkeys(run.dataset for run in trained):
             runs = [run for run in trained if run.dataset == dataset and run.name in names and run.curves]
             key = (dataset, *(run.name for run in runs))
             if not runs or key in drawn:
                 continue
             drawn.add(key)
-            section.picture(f"curves-{table}-{dataset}", _draw_curves(f"{about['title']} ({dataset})", runs))
+            about = f"{title}\n{dataset}, preset {scope.preset}, {basis(runs)}"
+            section.picture(f"curves-{table}-{dataset}", _draw_curves(about, runs, names, scope.accuracies))
     return section
 
 
@@ -433,27 +655,33 @@ def _branches(line: dict[str, Any]) -> list[float]:
     return [value for name, value in line.items() if name.startswith("L_DS")]
 
 
-def _draw_curves(title: str, runs: Sequence[Trained]) -> Figure:
-    figure, axes = plt.subplots(1, 3, figsize=(14, 4.2), sharex=True, layout="constrained")
-    names = list(dict.fromkeys(run.name for run in runs))
+def _draw_curves(title: str, runs: Sequence[Trained], names: dict[str, str], accuracies: bool) -> Figure:
+    columns = 3 if accuracies else 2
+    figure, axes = plt.subplots(1, columns, figsize=(2.5 + 4.2 * columns, 4.4), layout="constrained")
+    shown = list(dict.fromkeys(run.name for run in runs))
     for run in runs:
-        number = names.index(run.name)
+        number = shown.index(run.name)
         first = run.seed == min(other.seed for other in runs if other.name == run.name)
         style = {"color": f"C{number % 10}", "alpha": 1.0 if first else 0.5, "linestyle": ("-", "--")[number // 10 % 2]}
-        label = {"label": run.name} if first else {}
+        label = {"label": names[run.name]} if first else {}
         epochs = [line["epoch"] for line in run.curves]
         axes[0].plot(epochs, [line.get("L_F", line["loss"]) for line in run.curves], marker=".", **style, **label)
         if any(map(_branches, run.curves)):
             axes[1].plot(epochs, [sum(_branches(line)) for line in run.curves], marker=".", **style)
-        scores = [line for line in run.evaluations if line["dataset"] == run.dataset]
-        axes[2].plot([line["epoch"] for line in scores], [100 * line["mAP"] for line in scores], marker="o", **style)
-    for axis, ylabel in zip(
-        axes, ("$L_F$, mean of the epoch", r"$\sum_i L_{DS_i}$, mean of the epoch", "mAP (%)"), strict=True
-    ):
-        axis.set(xlabel="epoch", ylabel=ylabel)
+        if accuracies:
+            scores = [line for line in run.evaluations if line["dataset"] == run.dataset]
+            steps, values = [line["epoch"] for line in scores], [100 * line["mAP"] for line in scores]
+            axes[2].plot(steps, values, marker="o", **style)
+    titles = ("$L_F$, mean of the epoch", "$L_{DS}$, sum of the branches", "mAP (%)")
+    last = max(run.epochs for run in runs)
+    for axis, text in zip(axes, titles, strict=False):
+        axis.set(xlabel="epoch", title=text, xlim=(1 - 0.03 * last, 1.03 * last))
         axis.xaxis.get_major_locator().set_params(integer=True)
         axis.grid(alpha=0.3)
-    figure.suptitle(title)
+        if not axis.lines:
+            axis.text(0.5, 0.5, "none", transform=axis.transAxes, ha="center", color="0.5")
+            axis.set_yticks([])
+    figure.suptitle(title, fontsize=11)
     figure.legend(loc="outside right upper", fontsize="small")
     return figure
 
@@ -474,29 +702,32 @@ def _cost(settings: str) -> tuple[float, float]:
     return count_gmacs(model, given["data.height"], given["data.width"]), count_parameters(model) / 1e6
 
 
-def _cost_against_accuracy(trained: Sequence[Trained]) -> Section:
+def _cost_against_accuracy(scope: Scope, trained: Sequence[Trained]) -> Section:
     section = Section("Cost against accuracy")
+    names = _names(scope)
     for dataset in dict.fromkeys(run.dataset for run in trained):
         points: dict[str, list[Trained]] = {}
         for run in trained:
-            if run.dataset == dataset and run.result:
+            if run.dataset == dataset and run.result and run.name in names:
                 points.setdefault(run.name, []).append(run)
-        if not points:
+        if not points or not scope.accuracies:
             continue
+        about = f"{dataset}, preset {scope.preset}, {basis([run for runs in points.values() for run in runs])}"
         figure, axis = plt.subplots(figsize=(9, 5), layout="constrained")
         rows = []
         for number, (name, runs) in enumerate(points.items()):
             gmacs, parameters = _cost(json.dumps(runs[0].about["settings"], sort_keys=True))
             mean = statistics.fmean([run.value("mAP") or 0.0 for run in runs])
             mark = MARK if any(run.about["deviations"] for run in runs) else ""
-            rows.append((name, f"{gmacs:.2f}", f"{parameters:.2f}", f"{mean:.1f}{mark}"))
+            rows.append((names[name], f"{gmacs:.2f}", f"{parameters:.2f}", f"{mean:.1f}{mark}"))
             shape = "os^D"[number // 10 % 4]
-            axis.scatter(gmacs, mean, color=f"C{number % 10}", marker=shape, s=3 * parameters, label=name)
-        axis.set(xlabel="GMACs an image at test time", ylabel="mAP (%)", title=dataset)
+            axis.scatter(gmacs, mean, color=f"C{number % 10}", marker=shape, s=3 * parameters, label=names[name])
+        axis.set(xlabel="GMACs an image at test time", ylabel="mAP (%)", title=f"Cost against accuracy\n{about}")
         axis.grid(alpha=0.3)
         figure.legend(loc="outside right upper", fontsize="small")
         section.picture(f"cost-{dataset}", figure)
-        section.table(("", "GMACs an image", "parameters (M)", "mAP"), rows)
+        header = ("", "GMACs an image", "parameters (M)", "mAP")
+        section.table(header, rows, f"Cost against accuracy, on {about}")
     if section.parts:
         section.text("The area of a marker is the number of parameters, including those that only training needs.")
     return section
@@ -535,11 +766,11 @@ def _trainings(trained: Sequence[Trained]) -> Section:
 
 def _write(out: Path, sections: Sequence[Section]) -> None:
     pictures = out / "pictures"
-    markdown, page = [], []
+    markdown, page, latex = [], [], []
     for number, section in enumerate(sections):
         level = 2 if number else 1
         markdown.append(f"{'#' * level} {section.title}\n")
-        page.append(f"<h{level}>{html.escape(section.title)}</h{level}>")
+        page.append(f'<h{level} id="{_anchor(section.title)}">{html.escape(section.title)}</h{level}>')
         for kind, content in section.parts:
             if kind == "text":
                 markdown.append(f"{content}\n")
@@ -548,10 +779,16 @@ def _write(out: Path, sections: Sequence[Section]) -> None:
                 markdown.append(f"```\n{content}\n```\n")
                 page.append(f"<pre>{html.escape(content)}</pre>")
             elif kind == "table":
-                header, rows = content
-                escaped = [[cell.replace("*", r"\*").replace("|", r"\|") for cell in row] for row in rows]
-                markdown.append(tabulate(escaped, header, tablefmt="github", disable_numparse=True) + "\n")
+                header, rows, caption = content
+                markdown.append(_markdown_table(header, rows) + "\n")
                 page.append(_html_table(header, rows))
+                if caption:
+                    latex.append(_latex_table(header, rows, caption))
+            elif kind == "link":
+                caption, path = content
+                markdown.append(f"![{caption}]({quote(path)})\n")
+                image = f'<img loading="lazy" alt="{html.escape(caption)}" src="{html.escape(quote(path))}">'
+                page.append(f"<figure>{image}<figcaption>{html.escape(caption)}</figcaption></figure>")
             else:
                 name, data = content
                 pictures.mkdir(exist_ok=True)
@@ -559,17 +796,82 @@ def _write(out: Path, sections: Sequence[Section]) -> None:
                 markdown.append(f"![{name}](pictures/{name}.png)\n")
                 uri = base64.b64encode(data).decode()
                 page.append(f'<img alt="{html.escape(name)}" src="data:image/png;base64,{uri}">')
+        if number == 0:
+            links = [(other.title, _anchor(other.title)) for other in sections[1:]]
+            markdown.append("\n".join(f"- [{title}](#{anchor})" for title, anchor in links) + "\n")
+            items = "".join(f'<li><a href="#{anchor}">{html.escape(title)}</a></li>' for title, anchor in links)
+            page.append(f'<nav aria-label="Contents"><ul>{items}</ul></nav>')
     (out / "report.md").write_text("\n".join(markdown), encoding="utf-8")
-    head = '<!doctype html><html lang="en"><head><meta charset="utf-8"><title>csalr reproduce</title>'
-    (out / "report.html").write_text(
-        f"{head}<style>{_STYLE}</style></head><body>\n" + "\n".join(page) + "\n</body></html>\n", encoding="utf-8"
+    (out / "report.tex").write_text(_LATEX + "\n".join(latex), encoding="utf-8")
+    head = (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{html.escape(sections[0].title)}</title><style>{_STYLE}</style></head>"
     )
+    (out / "report.html").write_text(f"{head}<body>\n" + "\n".join(page) + "\n</body></html>\n", encoding="utf-8")
+
+
+def _anchor(title: str) -> str:
+    """Return the anchor that GitHub gives a heading."""
+    return re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-")
+
+
+def _markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    def cell(text: str) -> str:
+        escaped = text.replace("*", r"\*").replace("|", r"\|")
+        return f"**{escaped.removeprefix(_BOLD)}**" if text.startswith(_BOLD) else escaped
+
+    return tabulate([[cell(one) for one in row] for row in rows], header, tablefmt="github", disable_numparse=True)
 
 
 def _html_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    heads = "".join(f"<th>{html.escape(one)}</th>" for one in header)
-    lines = "\n".join("<tr>" + "".join(f"<td>{html.escape(one)}</td>" for one in row) + "</tr>" for row in rows)
-    return f"<table><thead><tr>{heads}</tr></thead><tbody>\n{lines}\n</tbody></table>"
+    # A column with sentences is aligned to the left, and wraps.
+    kinds = [' class="text"' if any(len(row[i]) > 60 for row in rows) else "" for i in range(len(header))]
+
+    def cell(text: str, kind: str) -> str:
+        plain = html.escape(text.removeprefix(_BOLD))
+        return f"<td{kind}><b>{plain}</b></td>" if text.startswith(_BOLD) else f"<td{kind}>{plain}</td>"
+
+    heads = "".join(f"<th{kind}>{html.escape(one)}</th>" for one, kind in zip(header, kinds, strict=True))
+    lines = "\n".join("<tr>" + "".join(map(cell, row, kinds)) + "</tr>" for row in rows)
+    table = f"<table><thead><tr>{heads}</tr></thead><tbody>\n{lines}\n</tbody></table>"
+    return f'<div class="scroll" tabindex="0">{table}</div>'
+
+
+_LATEX = r"""% Tables of the report, for a document with \usepackage{booktabs}. Wide ones fit with \usepackage{graphicx}
+% and \resizebox{\linewidth}{!}{...} around the tabular.
+"""
+
+
+def _latex_table(header: Sequence[str], rows: Sequence[Sequence[str]], caption: str) -> str:
+    """Return a table environment with booktabs rules."""
+
+    def cell(text: str) -> str:
+        return rf"\textbf{{{_latex(text.removeprefix(_BOLD))}}}" if text.startswith(_BOLD) else _latex(text)
+
+    lines = [" & ".join(map(cell, row)) + r" \\" for row in rows]
+    return "\n".join(
+        [
+            r"\begin{table}",
+            r"\centering",
+            rf"\caption{{{_latex(caption)}}}",
+            rf"\begin{{tabular}}{{l{'r' * (len(header) - 1)}}}",
+            r"\toprule",
+            " & ".join(map(_latex, header)) + r" \\",
+            r"\midrule",
+            *lines,
+            r"\bottomrule",
+            r"\end{tabular}",
+            r"\end{table}",
+            "",
+        ]
+    )
+
+
+def _latex(text: str) -> str:
+    """Escape the characters that LaTeX reads as commands."""
+    special = {"\\": r"\textbackslash{}", "±": r"$\pm$", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
+    return "".join(special.get(one, f"\\{one}" if one in "&%$#_{}" else one) for one in text)
 
 
 def _inline(text: str) -> str:

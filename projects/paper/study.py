@@ -30,6 +30,7 @@ from .folder import (
     QUERIES,
     RESULT,
     RUN,
+    add_target,
     check_version,
     epochs_done,
     locked,
@@ -50,7 +51,7 @@ def main(argv: Sequence[str]) -> None:
     if options.target == "figure4" and options.only:
         raise UserError("--only selects rows of a table; leave it out for figure4.")
     if options.report:
-        report(options.out)
+        report(options.out, options.target)
         return
     if options.dry_run:
         for run in plan(options):
@@ -142,15 +143,16 @@ def study(options: Options) -> None:
         _check_weights(options, runs)
         for run in runs:
             _mark_planned(run)
+        add_target(options.out, options.target)
         failures: list[str] = []
         try:
-            failures = _train_all(runs, options.jobs)
+            failures = _train_all(options, runs)
             if options.target in ("table5", "all"):
                 failures += _measure(options)
             if options.target in ("figure4", "all") and not failures:
                 _draw_figure4(options, runs)
         finally:
-            report(options.out)
+            report(options.out, options.target)
     if failures:
         raise UserError(f"{'; '.join(failures)}. The report shows the finished trainings; the same command continues.")
 
@@ -190,8 +192,12 @@ def _draw_figure4(options: Options, runs: Sequence[Run]) -> None:
             figure4(checkpoint, Path(run.config.data.root), place, run.dataset)
 
 
-def report(out: Path) -> None:
-    """Write the report of the present state of a study.
+def report(out: Path, target: str) -> None:
+    """Write the report of the present state of a study, with the targets that were asked for.
+
+    Args:
+        out: the folder of the study.
+        target: shown beside the targets of earlier commands.
 
     Raises:
         UserError: `out` holds no study, or one of another version.
@@ -199,7 +205,7 @@ def report(out: Path) -> None:
     from .report import write_report
 
     check_version(out)
-    print(f"report: {write_report(out)}, and beside it report.html, report.json, report.csv")
+    print(f"report: {write_report(out, target)}, and beside it report.html, report.tex, report.json, report.csv")
 
 
 def _begun(run: Run) -> bool:
@@ -249,13 +255,12 @@ def _check_weights(options: Options, runs: Sequence[Run]) -> None:
         build_model("pcb", 2, pretrained=True, pretrained_weights=left[0].config.csalr.pretrained_weights)
 
 
-def _train_all(runs: Sequence[Run], jobs: int) -> list[str]:
+def _train_all(options: Options, runs: Sequence[Run]) -> list[str]:
     """Run the trainings that are not finished; return a line for each one that stopped."""
     left = [run for run in runs if not (run.folder / RESULT).exists()]
     if not runs:
         return []
-    folder = runs[0].folder.parent.parent
-    print(f"{len(runs)} trainings, {len(runs) - len(left)} of them finished before; in {folder}")
+    print(f"{len(runs)} trainings, {len(runs) - len(left)} of them finished before; in {options.out / 'runs'}")
     failures = []
     done = sum(run.epochs for run in runs) - sum(run.epochs - epochs_done(run.folder) for run in left)
     with tqdm(total=sum(run.epochs for run in runs), initial=done, unit="epoch", mininterval=1.0) as progress:
@@ -266,12 +271,14 @@ def _train_all(runs: Sequence[Run], jobs: int) -> list[str]:
             if reason:
                 failures.append(f"{run.name}, seed {run.seed}: {reason}")
                 tqdm.write(f"{run.name}, seed {run.seed} stopped: {reason}", file=sys.stderr)
+            elif options.preset != "smoke":  # it prints no accuracy
+                tqdm.write(describe_gates(f"{run.name}, seed {run.seed}", read_json(run.folder / QUERIES)))
 
-        if jobs == 1:  # in this thread, which gets Ctrl-C
+        if options.jobs == 1:  # in this thread, which gets Ctrl-C
             for run in left:
                 one(run)
         else:
-            with ThreadPoolExecutor(jobs) as pool:
+            with ThreadPoolExecutor(options.jobs) as pool:
                 list(pool.map(one, left))
     return failures
 
@@ -338,9 +345,7 @@ def _conclude(run: Run) -> str:
     write_json(run.folder / RESULT, {**about, "training_seconds": seconds, "finished": finished, "results": results})
     last = newest_checkpoint(run.folder)
     assert last is not None
-    measured = measure_gates(run, last)
-    write_json(run.folder / QUERIES, measured)
-    tqdm.write(describe_gates(f"{run.name}, seed {run.seed}", measured))
+    write_json(run.folder / QUERIES, measure_gates(run, last))
     for path in (run.folder / "model").glob("model.pth.tar-*"):
         if path != last:
             path.unlink()
