@@ -546,7 +546,7 @@ def test_the_measured_errors_of_a_known_map_and_of_a_uniform_one_equal_the_close
     for name in ("CSALR", "pooled keys", "pooled queries", attention_maps.KEYS_AVERAGED):
         row = found[name, 8]
         assert row["error"] < 1e-6 and row["output_error"] < 1e-6 and row["agreement"] == 1.0
-    assert found[attention_maps.PERFECT, None]["error"] == 0
+    assert found[attention_maps.PERFECT, None]["error"] == 0 and found["CSALR", 8]["below_floor"] == 0
     # Of 32 queries, 16 with x = 0 have a uniform row. The others weigh x = 1 by `more` and x = 0 by `less`.
     e = torch.tensor(1.0).double().exp().item()
     less, more = 1 / (16 * (1 + e)), e / (16 * (1 + e))
@@ -558,10 +558,10 @@ def test_the_measured_errors_of_a_known_map_and_of_a_uniform_one_equal_the_close
     outputs = w / 2 + b, w * e / (1 + e) + b
     wanted = abs(outputs[1] - outputs[0]) / (outputs[0] ** 2 + outputs[1] ** 2) ** 0.5
     assert uniform["output_error"] == pytest.approx(wanted, rel=1e-5)
-    assert uniform["agreement"] == pytest.approx(0.75)  # all 32 patches are equal; 16 queries attend most to 16 of them
+    assert uniform["agreement"] == pytest.approx(0.75)  # all 8 patches are equal; 16 queries attend most to 4 of them
     text = attention_maps.write_reconstruction(tmp_path, network, 1, rows)
     assert "one, initial weights, images of 8x4; 1 image; gates: stage1 +0.0000." in text
-    assert f"uniform map has a map error of {uniform['error']:.1%}" in text and "Why pooled keys" in text
+    assert f"uniform map has a map error of {uniform['error']:.1%}" in text and "They keep every query" in text
     assert (tmp_path / "reconstruction-one.png").is_file()
 
 

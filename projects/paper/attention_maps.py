@@ -8,7 +8,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import matplotlib
 import numpy as np
@@ -53,7 +53,7 @@ from matplotlib.figure import Figure
 POINTS = ((0.5, 0.12), (0.5, 0.38), (0.42, 0.75))
 GRIDS = ((6, 4), (12, 4), (12, 8), (24, 8))  # 24 to 192 points, as in Table 2
 GROUPS = (1, 2, 4, 8)  # as in Table 3
-PATCHES = (12, 8)  # grid of patches for "agreement", the same for every setting
+PATCHES = (12, 8)  # landmarks for the maps of SA, and patches for the agreement of CSA
 PANELS = ("full", "compressed", "difference")
 FORMATS = ("png", "pdf", "svg")
 PERFECT, UNIFORM, ONE_ROW = "full map (perfect)", "uniform", "one row for all queries"
@@ -402,21 +402,22 @@ def reconstruction(network: Network, paths: Sequence[Path]) -> list[dict[str, An
 
     Returns:
         One row per case: "map", "stage", "positions", "points" (landmarks; None for a map without), "groups", "error"
-        (relative Frobenius error over all positions of all images), "output_error" (the same of O) and "agreement"
-        (fraction of positions with the same most attended patch of 12x8 as in the full map; of several equal patches
-        in a map, each counts with its share).
+        (relative Frobenius error over all positions of all images), "output_error" (the same of O), "agreement"
+        (fraction of positions with the same most attended patch as in the full map, for the patches of the block's own
+        landmarks; of several equal patches in a map, each counts with its share) and "below_floor" (for CSALR, the
+        fraction of landmarks with S_ii below the floor of the block, whose rows differ from the formula; else None).
     """
     sums: dict[tuple[Any, ...], list[float]] = {}
     for path in tqdm(paths, desc="Attention maps", unit="image", mininterval=2.0):
         for stage, x in block_inputs(network.model, network.images([path])).items():
             block = network.blocks[stage]
             n = x.shape[-2] * x.shape[-1]
-            patches = LandmarkGrid(x.shape[-2], x.shape[-1], PATCHES, x.device).membership(torch.float64)
+            patches = landmark_grid(block, x).membership(torch.float64)
             V = block.project("value", x, {}).flatten(1, 2).double()  # 1, C, n
             for groups, full, candidates in _cases(block, x):
                 values = V.reshape(1, groups, -1, n).mT  # 1, groups, n, c
                 output, best = full @ values, _most_attended(full, patches)  # output: O
-                for name, points, candidate in candidates:
+                for name, points, candidate, below_floor in candidates:
                     top = _most_attended(candidate, patches)
                     found = (
                         torch.linalg.vector_norm(candidate - full) ** 2,
@@ -424,6 +425,7 @@ def reconstruction(network: Network, paths: Sequence[Path]) -> list[dict[str, An
                         torch.linalg.vector_norm(candidate @ values - output) ** 2,
                         torch.linalg.vector_norm(output) ** 2,
                         ((top & best).sum(-1) / top.sum(-1)).double().mean(),
+                        math.nan if below_floor is None else below_floor,
                         1.0,
                     )
                     total = sums.setdefault((name, stage, n, points, groups), [0.0] * len(found))
@@ -435,8 +437,9 @@ def reconstruction(network: Network, paths: Sequence[Path]) -> list[dict[str, An
             "error": math.sqrt(difference / full),
             "output_error": math.sqrt(output_difference / whole) if whole else 0.0,
             "agreement": agreement / count,
+            "below_floor": None if math.isnan(below_floor) else below_floor / count,
         }
-        for key, (difference, full, output_difference, whole, agreement, count) in sums.items()
+        for key, (difference, full, output_difference, whole, agreement, below_floor, count) in sums.items()
     ]
 
 
@@ -446,11 +449,15 @@ def _most_attended(attention: Tensor, patches: Tensor) -> Tensor:
     return shares >= shares.amax(dim=-1, keepdim=True) * (1 - 1e-9)
 
 
-def _cases(block: AttentionBlock, x: Tensor) -> Iterator[tuple[int, Tensor, Iterator[tuple[str, int | None, Tensor]]]]:
-    """Yield the groups, their full map (1, groups, n, n), and the maps to compare with it: name, points, map."""
+# The name of a map, its points, the map (1, groups, n, n), and the fraction of landmarks with S_ii below the floor.
+_Case: TypeAlias = "tuple[str, int | None, Tensor, float | None]"
+
+
+def _cases(block: AttentionBlock, x: Tensor) -> Iterator[tuple[int, Tensor, Iterator[_Case]]]:
+    """Yield the groups, their full map (1, groups, n, n), and the maps to compare with it."""
     if isinstance(block, CompressedSelfAttention):
         maps = maps_of(block, x)
-        own = ("CSA", len(block.bases) // block.groups, maps.compressed)
+        own = ("CSA", len(block.bases) // block.groups, maps.compressed, None)
         yield block.groups, maps.full, iter([own, *_bounds(maps.full)])
         return
     own_grid = block.landmarks if isinstance(block, CSALR) else PATCHES
@@ -464,23 +471,25 @@ def _cases(block: AttentionBlock, x: Tensor) -> Iterator[tuple[int, Tensor, Iter
 
 def _candidates(
     Q: Tensor, K: Tensor, full: Tensor, x: Tensor, grids: Sequence[tuple[int, int]], controls: bool
-) -> Iterator[tuple[str, int | None, Tensor]]:
+) -> Iterator[_Case]:
     for number, wanted in enumerate(grids):
         grid, points = LandmarkGrid(x.shape[-2], x.shape[-1], wanted, x.device), wanted[0] * wanted[1]
-        yield "CSALR", points, csalr_map(Q, K, grid, floor=CSALR.self_attention_floor)
+        floor = CSALR.self_attention_floor
+        own = (grid.pool(Q).mT @ grid.pool(K)).softmax(-1).diagonal(dim1=-2, dim2=-1)  # S_ii: 1, groups, m
+        yield "CSALR", points, csalr_map(Q, K, grid, floor=floor), (own < floor).double().mean().item()
         if number == 0 and controls:
-            yield POOLED_QUERIES, points, full_map(grid.pool(Q)[..., grid.landmark_of], K)
-        yield POOLED_KEYS, points, pooled_key_map(Q, K, grid)
+            yield POOLED_QUERIES, points, full_map(grid.pool(Q)[..., grid.landmark_of], K), None
+        yield POOLED_KEYS, points, pooled_key_map(Q, K, grid), None
         if number == 0 and controls:
-            yield QUERIES_AVERAGED, points, grid.pool(full.mT)[..., grid.landmark_of].mT
-            yield KEYS_AVERAGED, points, (grid.pool(full))[..., grid.landmark_of]
+            yield QUERIES_AVERAGED, points, grid.pool(full.mT)[..., grid.landmark_of].mT, None
+            yield KEYS_AVERAGED, points, grid.pool(full)[..., grid.landmark_of], None
     yield from _bounds(full)
 
 
-def _bounds(full: Tensor) -> Iterator[tuple[str, None, Tensor]]:
-    yield ONE_ROW, None, full.mean(dim=-2, keepdim=True).expand_as(full)
-    yield UNIFORM, None, torch.full_like(full, 1 / full.shape[-1])
-    yield PERFECT, None, full
+def _bounds(full: Tensor) -> Iterator[_Case]:
+    yield ONE_ROW, None, full.mean(dim=-2, keepdim=True).expand_as(full), None
+    yield UNIFORM, None, torch.full_like(full, 1 / full.shape[-1]), None
+    yield PERFECT, None, full, None
 
 
 def write_reconstruction(out: Path, network: Network, images: int, rows: Sequence[dict[str, Any]]) -> str:
@@ -571,17 +580,25 @@ def explanation(rows: Sequence[dict[str, Any]]) -> list[str]:
         rows: the result of `reconstruction`.
     """
     own_points, own_groups = rows[0]["points"], rows[0]["groups"]
-    exact = {row["stage"]: row["positions"] for row in rows if row["positions"] <= own_points}
     larger = [row for row in rows if row["positions"] > own_points]
     parts = [
         "*Map error*: relative Frobenius error from the full map. *Output error*: the same for O = map V with the V of "
-        "the block. Each of them is 0 % for a perfect map."
+        "the block. Each of them is 0 % for a perfect map. *Same most attended patch*: of the patches of the block's "
+        "own landmarks."
     ]
-    if exact and rows[0]["map"] != "CSA":
+    own_rows = [row for row in rows if row["points"] == own_points and row["groups"] == own_groups]
+    exact = [row for row in own_rows if row["map"] == "CSALR" and row["positions"] <= own_points]
+    if exact:
+        stages = ", ".join(f"{row['stage']}: {row['positions']}" for row in exact)
         parts.append(
-            f"With {own_points} points every position is a landmark where a map has no more positions "
-            f"({', '.join(f'{stage}: {count}' for stage, count in exact.items())}). CSALR is then exact, except where "
-            "S_ii is below its floor of 0.001."
+            f"With {own_points} points every position is a landmark where a map has no more positions ({stages}). "
+            "CSALR is then exact, except for the floor of S_ii."
+        )
+    floors = ", ".join(f"{row['stage']} {row['below_floor']:.1%}" for row in own_rows if row["map"] == "CSALR")
+    if floors:
+        parts.append(
+            f"The block raises each S_ii below {CSALR.self_attention_floor:g} to that floor, for a bounded inverse. It "
+            f"does so for this fraction of the landmarks: {floors}."
         )
     if not larger:
         return parts
@@ -601,13 +618,16 @@ def explanation(rows: Sequence[dict[str, Any]]) -> list[str]:
     )
     if "CSALR" not in own:
         return parts
+    pooled, compressed = own[POOLED_KEYS], own["CSALR"]
+    at_peak = "win" if pooled["agreement"] > compressed["agreement"] else "lose"
+    on_map = "win" if pooled["error"] < compressed["error"] else "lose"
     parts += [
-        "Why pooled keys win at the peak and lose on the map: they keep every query and give all positions of a patch "
-        "one weight. CSALR keeps every key and pools the queries: positions of a patch share one row, up to a "
-        f"correction. The full map itself has an error of {of(QUERIES_AVERAGED)} if it is averaged over query "
-        f"patches, and of {of(KEYS_AVERAGED)} over key patches; no map that is constant there has less. CSALR has "
-        f"{of('CSALR')}, pooled keys {of(POOLED_KEYS)}, pooled queries {of(POOLED_QUERIES)}. The most attended patch "
-        "depends on the query, and not on the weights within the patch: pooled keys find it for "
+        f"Against CSALR, pooled keys {at_peak} at the peak and {on_map} on the map. They keep every query, and give "
+        "all positions of a patch one weight. CSALR keeps every key and pools the queries: positions of a patch share "
+        "one row, up to a correction. The full map itself, averaged over query patches, has an error of "
+        f"{of(QUERIES_AVERAGED)}, and averaged over key patches {of(KEYS_AVERAGED)}; no map that is constant there has "
+        f"less. CSALR has {of('CSALR')}, pooled keys {of(POOLED_KEYS)}, pooled queries {of(POOLED_QUERIES)}. The most "
+        "attended patch depends on the query, and not on the weights within the patch: pooled keys find it for "
         f"{of(POOLED_KEYS, 'agreement')} of the positions, CSALR for {of('CSALR', 'agreement')}, pooled queries for "
         f"{of(POOLED_QUERIES, 'agreement')}.",
         "The network uses O alone. Weight that moves within a patch changes O only as much as V differs there: the "
