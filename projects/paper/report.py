@@ -698,6 +698,7 @@ def _cost(settings: str) -> tuple[float, float]:
     keys = {name: given[f"csalr.{name}"] for name in ("groups", "landmarks", "stages", "key_ratio")}
     with torch.device("meta"):
         keys["landmarks"] = tuple(keys["landmarks"])
+        keys["plain_supervision"] = given.get("csalr.plain_supervision", False)
         model = build_model(given["model.name"], given["data"]["identities"], pretrained=False, **keys).eval()
     return count_gmacs(model, given["data.height"], given["data.width"]), count_parameters(model) / 1e6
 
