@@ -382,7 +382,7 @@ def test_a_process_that_is_killed_ends_the_run_with_a_checkpoint_from_which_one_
 ) -> None:
     small = ("model.name", "osnet_x0_25", "train.staged_lr", False)
     run = start("run", 2, *small, "train.max_epoch", 1000)
-    run.wait_for(r"epoch: \[2/1000\]\[2/")
+    run.wait_for(r"epoch 2/1000, batch 2/")
     os.kill(run.number_of(rank), signal.SIGKILL)
     began = time.monotonic()
     assert run.wait() != 0
@@ -391,7 +391,7 @@ def test_a_process_that_is_killed_ends_the_run_with_a_checkpoint_from_which_one_
     assert len(errors) == 1 and "another process of it has ended" in errors[0], run.text[-3000:]
     match = re.search(r"The last checkpoint is '([^']+)'", errors[0])
     assert match and Path(match[1]).is_file()
-    epochs = int(re.findall(r"epoch: \[(\d+)/", run.text)[-1]) + 1
+    epochs = int(re.findall(r"epoch (\d+)/", run.text)[-1]) + 1
     resumed = start("resumed", 1, *small, "train.max_epoch", epochs, "model.resume", match[1])
     assert resumed.wait() == 0, resumed.text
     assert (resumed.folder / "model" / f"model.pth.tar-{epochs}").is_file()
@@ -402,7 +402,7 @@ def test_ctrl_c_stops_all_processes_after_the_same_batch_and_the_resumed_run_equ
 ) -> None:
     options = ("csalr.sync_batch_norm", True, "csalr.accumulate", 2)
     run = start("run", 2, *options)
-    run.wait_for(r"epoch: \[1/1\]\[2/")
+    run.wait_for(r"epoch 1/1, batch 2/")
     os.killpg(run.process.pid, signal.SIGINT)  # as a terminal does: torchrun and its processes
     assert run.wait() != 0
     match = re.search(r"Go on with: model.resume (\S+)", run.text)
