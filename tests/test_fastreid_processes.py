@@ -139,7 +139,7 @@ def test_the_hosts_own_script_resumes_with_another_rate_batch_and_number_of_proc
     ended = run(*own_script(), *CONFIG, "--resume", *TINY, *more)
     assert (ended.returncode, last_epoch()) == (0, 1), ended.stderr
     assert (
-        "SOLVER.BASE_LR 0.0005: given now; 0.001 in the checkpoint" in ended.stdout and "lr: 5.00e-04" in ended.stdout
+        "SOLVER.BASE_LR 0.0005: given now; 0.001 in the checkpoint" in ended.stdout and "lr 0.005, " in ended.stdout
     )
     assert "epoch/iter: 1/9" in ended.stdout  # all five batches of 8, after an epoch of two batches of 16
     assert "Starting training from epoch 1" in ended.stdout
