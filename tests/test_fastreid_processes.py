@@ -138,10 +138,10 @@ def test_the_hosts_own_script_resumes_with_another_rate_batch_and_number_of_proc
     more = ("SOLVER.MAX_EPOCH", "2", "SOLVER.BASE_LR", "0.0005", "SOLVER.IMS_PER_BATCH", "8")
     ended = run(*own_script(), *CONFIG, "--resume", *TINY, *more)
     assert (ended.returncode, last_epoch()) == (0, 1), ended.stderr
-    assert (
-        "SOLVER.BASE_LR 0.0005: given now; 0.001 in the checkpoint" in ended.stdout and "lr 0.005, " in ended.stdout
-    )
-    assert "epoch/iter: 1/9" in ended.stdout  # all five batches of 8, after an epoch of two batches of 16
+    assert "SOLVER.BASE_LR 0.0005: given now; 0.001 in the checkpoint" in ended.stdout
+    assert "epoch 2/2: loss " in ended.stdout and "lr 0.005, " in ended.stdout  # of new layers, 10 times BASE_LR
+    epoch = json.loads(Path("out/metrics.jsonl").read_text().splitlines()[-2])
+    assert epoch["batches"] == 5  # all five batches of 8, after an epoch of two batches of 16
     assert "Starting training from epoch 1" in ended.stdout
     address = f"tcp://127.0.0.1:{free_port()}"
     flags = ("--num-gpus", "0", "--num-machines", "2", "--dist-url", address, "--resume")
