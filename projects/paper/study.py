@@ -346,7 +346,7 @@ def _conclude(run: Run) -> str:
     last = newest_checkpoint(run.folder)
     assert last is not None
     write_json(run.folder / QUERIES, measure_gates(run, last))
-    for path in (run.folder / "model").glob("model.pth.tar-*"):
+    for path in (run.folder / "model").glob("model*.pth.tar*"):  # the one with the best mAP too
         if path != last:
             path.unlink()
     return ""
