@@ -296,9 +296,10 @@ def draw(
     picture = np.asarray(read_image(str(path)).resize(network.size[::-1]))
     height, width = picture.shape[:2]
     columns = 1 + len(panels) * len(points)
-    size = (1.35 * columns + 1.0, (1.2 * height / width + 0.65) * len(inputs) + 0.9)
+    title = f"{network.title}: {path.name}"
+    size = (max(1.35 * columns + 1.0, 0.085 * len(title)), (1.2 * height / width + 0.65) * len(inputs) + 0.9)
     figure, axes = plt.subplots(len(inputs), columns, figsize=size, squeeze=False, layout="constrained")
-    figure.suptitle(f"{network.title}: {path.name}\nattention of a marked position, mean over the groups", fontsize=10)
+    figure.suptitle(f"{title}\nattention of a marked position, mean over the groups", fontsize=10)
     for line, (stage, x) in zip(axes, inputs.items(), strict=True):
         block, (rows, cols) = network.blocks[stage], x.shape[-2:]
         places = [(int(down * rows), int(across * cols)) for across, down in points]
