@@ -164,7 +164,7 @@ def test_the_smoke_preset_ends_in_a_report_of_every_row_without_any_accuracy(tmp
     assert len(list(out.glob("runs/*/seed1/result.json"))) == 16
     assert len(list(out.glob("figure4/market1501/pcb_csalr/*.png"))) == 3 + 1  # three queries and the errors
     text, page = (out / "report.md").read_text(), (out / "report.html").read_text()
-    for report in (text, page, (out / "report.tex").read_text()):
+    for report in (text, re.sub(r'base64,[^"]+', "", page), (out / "report.tex").read_text()):
         assert re.search(r"PCB \+ CSALR(\W|td)+trained", report) and "mAP" not in report and "rank-" not in report
     assert "no accuracy is printed" in text and not list(out.glob("pictures/cost-*"))
     assert page.count('src="figure4/market1501/pcb_csalr/') == 3
