@@ -44,6 +44,13 @@ def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Commands such as `csalr bench` set the number of threads, on which the rounding of later tests depends."""
+    yield
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
 def no_active_config() -> Iterator[None]:
     """Each test starts and ends with the plugin's default settings."""
     yield
