@@ -144,10 +144,11 @@ def raise_diagonal(S_mm: Tensor, floor: float) -> Tensor:
         S_mm: (..., m, m), rows sum to 1.
         floor: smallest S_ii, from 0 (the published formula) to below 1.
     """
-    identity = _identity_like(S_mm)
-    own = (S_mm * identity).sum(-1, keepdim=True)  # S_ii: ..., m, 1
+    diagonal = _identity_like(S_mm).bool()  # a mask: a product with the identity would keep it for the backward pass
+    zero = S_mm.new_zeros(())
+    own = torch.where(diagonal, S_mm, zero).sum(-1, keepdim=True)  # S_ii: ..., m, 1
     share = (floor - own).clamp(min=0) / (1 - own.clamp(max=floor))  # of the row, given to the landmark itself
-    return S_mm * (1 - share) + identity * (1 + share)
+    return S_mm * (1 - share) + torch.where(diagonal, 1 + share, zero)
 
 
 def inverse_of_dominant(A: Tensor, floor: float) -> Tensor:
