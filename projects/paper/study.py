@@ -342,10 +342,11 @@ def _conclude(run: Run) -> str:
     about = {"version": __version__, "versions": versions(), "machine": machine(), "epochs": run.epochs}
     seconds = round(sum(epoch["seconds"] for epoch in epochs))
     finished = time.strftime("%Y-%m-%d %H:%M:%S %z")
-    write_json(run.folder / RESULT, {**about, "training_seconds": seconds, "finished": finished, "results": results})
     last = newest_checkpoint(run.folder)
     assert last is not None
     write_json(run.folder / QUERIES, measure_gates(run, last))
+    # Written last: this file marks the training as finished.
+    write_json(run.folder / RESULT, {**about, "training_seconds": seconds, "finished": finished, "results": results})
     for path in (run.folder / "model").glob("model*.pth.tar*"):  # the one with the best mAP too
         if path != last:
             path.unlink()
