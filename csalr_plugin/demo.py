@@ -13,7 +13,7 @@ from tabulate import tabulate
 from csalr_plugin.demo_data import FOLDER, make_demo_data
 from csalr_plugin.files import make_writable_folder
 from csalr_plugin.hosts.folder import PREFIX, FolderData, file_stem, read_folder_data
-from csalr_plugin.hosts.gates import closed_gates, evaluate, gates_of
+from csalr_plugin.hosts.gates import closed_gates, evaluate, gates_of, in_words
 from csalr_plugin.hosts.trained import load_trained
 
 MODELS = ("pcb", "pcb_csalr")
@@ -76,8 +76,7 @@ def _closed(checkpoint: Path, dataset: FolderData) -> tuple[dict[str, float], st
         return None
     with closed_gates(trained.network):
         found = evaluate(trained, dataset.items("query"), dataset.items("gallery"))
-    words = ", ".join(f"{stage} {gate:+.3f}" for stage, gate in gates.items())
-    return {"mAP": found.mean_precision, "rank-1": found.rank_1}, words
+    return {"mAP": found.mean_precision, "rank-1": found.rank_1}, in_words(gates)
 
 
 def _in_torchreid(model: str, data: str, run: Path, seed: int) -> tuple[dict[str, float], dict[str, float], Path]:

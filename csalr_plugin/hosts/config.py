@@ -115,6 +115,32 @@ class CheckedConfig(CfgNode):  # type: ignore[misc]  # yacs carries no types
                 lines.append(f"{key} {shown(before)}: from the checkpoint")
         return lines
 
+    def merge_trained(
+        self,
+        recorded: Mapping[str, Any],
+        keys: Collection[str],
+        config_file: str,
+        overrides: Sequence[str],
+        source: str,
+    ) -> None:
+        """Merge the settings of a trained network: overrides count before the file, and the file before the checkpoint.
+
+        Args:
+            recorded: settings of the checkpoint, ``{dotted key: value}``.
+            keys: the settings that a checkpoint may set.
+            config_file: a file of the host, or empty.
+            overrides: pairs ``[key, value, ...]``.
+            source: the checkpoint's name, for messages.
+
+        Raises:
+            UserError: a key is unknown, or a value is not allowed.
+        """
+        defaults = self.leaves()
+        if config_file:
+            self.merge_from_file(config_file)
+        self.merge_from_list(overrides)
+        self.take_over(recorded, keys, defaults, source)
+
     def _set(self, given: str, value: Any) -> None:
         """Assign a value that the user gave."""
         self._assign(given, value)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -97,16 +98,35 @@ def evaluate(trained: Trained, query: Items, gallery: Items) -> Accuracy:
     return Accuracy(np.array(precisions), np.array(hits))
 
 
+def read_batch(
+    paths: Sequence[Path | str], size: tuple[int, int], mean: Sequence[float], std: Sequence[float]
+) -> Tensor:
+    """Read, resize and normalise images like a host at test time: (B, 3, H, W).
+
+    Args:
+        paths: of the images.
+        size: H and W.
+        mean, std: of each channel, for pixels scaled to 0 to 1.
+
+    Raises:
+        UserError: an image cannot be read.
+    """
+    images = [TF.to_tensor(read_image(str(path)).resize(size[::-1], Image.Resampling.BILINEAR)) for path in paths]
+    return TF.normalize(torch.stack(images), list(mean), list(std))
+
+
+def in_words(gates: Mapping[str, float]) -> str:
+    """Return the gates for a line of text: "stage1 +0.113, stage2 -0.096"."""
+    return ", ".join(f"{name} {gate:+.3f}" for name, gate in gates.items())
+
+
 def _embed(trained: Trained, items: Items) -> Tensor:
     """The embeddings of the images, (N, width), on the CPU."""
     assert trained.size is not None
     device, found = next(trained.network.parameters()).device, []
     for start in tqdm(range(0, len(items), _BATCH), desc="embedding", unit="batch", leave=False, mininterval=2.0):
-        images = [
-            TF.to_tensor(read_image(str(path)).resize(trained.size[::-1], Image.Resampling.BILINEAR))
-            for path, *_ in items[start : start + _BATCH]
-        ]
-        batch = TF.normalize(torch.stack(images), list(trained.mean), list(trained.std))
+        paths = [path for path, *_ in items[start : start + _BATCH]]
+        batch = read_batch(paths, trained.size, trained.mean, trained.std)
         with torch.inference_mode():
             found.append(trained.network(batch.to(device)).float().cpu())
     return torch.cat(found)

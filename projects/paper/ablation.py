@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from scipy.stats import bootstrap
 
-from csalr_plugin.hosts.gates import closed_gates, evaluate, gates_of
+from csalr_plugin.hosts.gates import closed_gates, evaluate, gates_of, in_words
 from csalr_plugin.hosts.trained import load_trained
 
 from .folder import QUERIES, read_json
@@ -59,8 +59,8 @@ def describe_gates(name: str, measured: Mapping[str, Any]) -> str:
     """Return the line that a study prints for a finished training."""
     line = f"{name}: mAP {100 * statistics.fmean(measured['AP']):.1f} over {len(measured['AP'])} queries"
     if "AP_closed" in measured:
-        gates = ", ".join(f"{stage} {gate:+.3f}" for stage, gate in measured["gates"].items())
-        line += f"; {100 * statistics.fmean(measured['AP_closed']):.1f} with every gate set to 0 (gates: {gates})"
+        closed, gates = 100 * statistics.fmean(measured["AP_closed"]), in_words(measured["gates"])
+        line += f"; {closed:.1f} with every gate set to 0 (gates: {gates})"
     return line
 
 

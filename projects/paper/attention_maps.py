@@ -14,10 +14,8 @@ import matplotlib
 import numpy as np
 import torch
 from matplotlib.axes import Axes
-from PIL import Image
 from tabulate import tabulate
 from torch import Tensor, nn
-from torchvision.transforms import functional as TF
 from tqdm import tqdm
 
 from csalr_plugin.attention import AttentionBlock, CompressedSelfAttention, LandmarkGrid
@@ -34,6 +32,7 @@ from csalr_plugin.command_line import Parser, path_argument, positive
 from csalr_plugin.errors import UserError, shown, suggest
 from csalr_plugin.files import make_writable_folder, write_json
 from csalr_plugin.hosts import keys
+from csalr_plugin.hosts.gates import gates_of, read_batch
 from csalr_plugin.hosts.images import read_image
 from csalr_plugin.hosts.torchreid import register, registered_name
 from csalr_plugin.hosts.torchreid.arguments import Arguments, config_from_arguments, parse_arguments
@@ -91,7 +90,7 @@ class Network:
     @property
     def gates(self) -> dict[str, float]:
         """The gate alpha of each block by name."""
-        return {name: block.alpha.item() for name, block in self.blocks.items()}
+        return gates_of(self.model)
 
     @property
     def title(self) -> str:
@@ -100,11 +99,7 @@ class Network:
 
     def images(self, paths: Sequence[Path | str]) -> Tensor:
         """Read and normalise images like the host at test time: (B, 3, H, W)."""
-        images = [
-            TF.to_tensor(read_image(str(path)).resize(self.size[::-1], Image.Resampling.BILINEAR)) for path in paths
-        ]
-        device = next(self.model.parameters()).device
-        return TF.normalize(torch.stack(images), list(self.mean), list(self.std)).to(device)
+        return read_batch(paths, self.size, self.mean, self.std).to(next(self.model.parameters()).device)
 
 
 def main(argv: Sequence[str]) -> None:

@@ -14,24 +14,10 @@ from csalr_plugin.hosts.fastreid.resume import training_keys
 
 
 def read_config(recorded: Mapping[str, Any], config_file: str, overrides: Sequence[str], source: str) -> Config:
-    """Return fast-reid's settings: those of the overrides, else of the file, else of the checkpoint, else the defaults.
-
-    Args:
-        recorded: settings of the checkpoint, ``{dotted key: value}``.
-        config_file: a .yml file, or empty.
-        overrides: pairs ``[key, value, ...]``.
-        source: the checkpoint's name, for messages.
-
-    Raises:
-        UserError: a key is unknown, or a value is not allowed.
-    """
+    """Return fast-reid's settings for a trained network, see `merge_trained` of the settings."""
     cfg = get_cfg()
     add_csalr_config(cfg)
-    defaults = cfg.leaves()
-    if config_file:
-        cfg.merge_from_file(config_file)
-    cfg.merge_from_list(overrides)
-    cfg.take_over(recorded, training_keys(cfg), defaults, source)
+    cfg.merge_trained(recorded, training_keys(cfg), config_file, overrides, source)
     return cfg
 
 

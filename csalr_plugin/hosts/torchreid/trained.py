@@ -17,22 +17,9 @@ from csalr_plugin.hosts.torchreid.config import (
 
 
 def read_config(recorded: Mapping[str, Any], config_file: str, overrides: Sequence[str], source: str) -> Config:
-    """Return torchreid's settings: those of the overrides, else of the file, else of the checkpoint, else the defaults.
-
-    Args:
-        recorded: settings of the checkpoint, ``{dotted key: value}``.
-        config_file: a .yaml file, or empty.
-        overrides: pairs ``[key, value, ...]``.
-        source: the checkpoint's name, for messages.
-
-    Raises:
-        UserError: a key is unknown, or a value is not allowed.
-    """
+    """Return torchreid's settings for a trained network, see `merge_trained` of the settings."""
     config = default_config()
-    if config_file:
-        config.merge_from_file(config_file)
-    config.merge_from_list(overrides)
-    config.take_over(recorded, training_keys(config), config.defaults, source)
+    config.merge_trained(recorded, training_keys(config), config_file, overrides, source)
     return config
 
 
