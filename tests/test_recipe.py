@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -22,6 +23,7 @@ from csalr_plugin.models.recipe import (
     attention_blocks,
     begin_epoch,
     clip_gradients,
+    fuse_steps,
     loss_terms,
     parameter_roles,
     split_logits,
@@ -142,6 +144,43 @@ def test_gates_learn_without_weight_decay_and_a_hosts_group_stays_as_it_is() -> 
     assert groups[Role.ATTENTION] == {"lr": pytest.approx(0.05), "weight_decay": 0.01, "role": "attention"}
     assert groups[Role.GATE] == {"lr": pytest.approx(0.02), "weight_decay": 0.0, "role": "gate"}
     assert all(type(group["role"]) is str for group in groups.values() if "role" in group)  # saved in checkpoints
+
+
+@pytest.mark.on_cpu
+@pytest.mark.parametrize(
+    ("kind", "settings", "fused"),
+    [
+        (torch.optim.Adam, {"weight_decay": 5e-4, "amsgrad": True}, True),
+        (torch.optim.AdamW, {"weight_decay": 0.01}, True),
+        (torch.optim.SGD, {"momentum": 0.9, "nesterov": True, "weight_decay": 5e-4}, False),
+        (torch.optim.RMSprop, {"momentum": 0.9}, False),
+    ],
+)
+def test_a_fused_optimizer_makes_the_steps_of_the_plain_one_also_for_a_layer_that_joins_late(
+    kind: Any, settings: dict[str, Any], fused: bool
+) -> None:
+    torch.manual_seed(0)
+    results = []
+    plain = nn.Sequential(nn.Linear(5, 4), nn.Linear(4, 3)).double()
+    for network in (copy.deepcopy(plain), plain):
+        rates = zip(network, (0.1, 0.01), strict=True)
+        optimizer = kind([{"params": layer.parameters(), "lr": rate} for layer, rate in rates], **settings)
+        if network is plain:
+            fuse_steps(optimizer)
+            assert all(bool(group.get("fused")) is fused for group in optimizer.param_groups)
+        for step in range(4):
+            network[0].bias.requires_grad_(step > 1)
+            optimizer.zero_grad()
+            network(torch.full((2, 5), 1.0 + step, dtype=torch.float64)).square().sum().backward()
+            optimizer.step()
+        results.append(torch.cat([parameter.detach().flatten() for parameter in network.parameters()]))
+    torch.testing.assert_close(results[1], results[0], rtol=1e-12, atol=1e-14)
+
+
+def test_an_optimizer_of_another_device_is_not_fused() -> None:
+    optimizer = torch.optim.Adam(nn.Linear(2, 3, device="meta").parameters())
+    fuse_steps(optimizer)
+    assert not optimizer.param_groups[0]["fused"]
 
 
 def test_rpp_passes_through_its_three_phases() -> None:

@@ -170,6 +170,20 @@ def assign_role(group: dict[str, Any], role: Role, *, attention_lr: float, gate_
         group["weight_decay"] = 0.0
 
 
+def fuse_steps(optimizer: torch.optim.Optimizer) -> None:
+    """Let Adam and AdamW on a CPU read and write each parameter once a step, by torch's fused kernel.
+
+    The results agree with those of the unfused optimizer up to rounding. An unfused step of Adam takes three times as
+    long, which is a sixth of a training step with a batch of 16 images of 96x48. Optimizers of a GPU stay as they are,
+    and so does SGD: its fused kernel refuses a layer that gets its first gradient later than others, as RPP's do.
+    """
+    parameters = [one for group in optimizer.param_groups for one in group["params"]]
+    on_cpu = all(one.device.type == "cpu" and one.is_floating_point() for one in parameters)
+    if on_cpu and isinstance(optimizer, torch.optim.Adam):  # AdamW is an Adam
+        for group in optimizer.param_groups:
+            group["fused"] = True
+
+
 class Phase(Enum):
     """A phase of training with refined part pooling (section 4.2)."""
 

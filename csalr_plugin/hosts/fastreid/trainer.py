@@ -203,6 +203,7 @@ class Trainer(DefaultTrainer):  # type: ignore[misc]  # fast-reid carries no typ
         optimizer, parameters = build_optimizer(cfg, model)
         if recipe.applies_to(model):
             _assign_rates(cfg, model, optimizer)
+        recipe.fuse_steps(optimizer)
         name_parameters(optimizer, model)
         return optimizer, parameters
 

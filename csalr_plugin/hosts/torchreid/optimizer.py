@@ -42,6 +42,7 @@ def build_optimizer(model: nn.Module, *args: Any, **kwargs: Any) -> torch.optim.
     optimizer = _build_host_optimizer(model, *args, **kwargs)
     if recipe.attention_blocks(network):
         _give_roles(optimizer, network)
+    recipe.fuse_steps(optimizer)
     name_parameters(optimizer, network)
     return optimizer
 
