@@ -89,7 +89,7 @@ def test_plain_supervision_of_a_model_with_attention_is_refused() -> None:
 def test_the_automatic_rate_of_gates_follows_the_optimizer() -> None:
     parameters = [nn.Parameter(torch.zeros(()))]
     assert gate_rate("auto", torch.optim.SGD(parameters, lr=0.1)) == 0.1
-    assert gate_rate("auto", torch.optim.Adam(parameters)) == 10
+    assert gate_rate("auto", torch.optim.Adam(parameters)) == 1
     assert gate_rate("0.3", torch.optim.Adam(parameters)) == 0.3
 
 

@@ -236,7 +236,7 @@ KEYS = (
         "gate_lr",
         "auto",
         GATE_LR,
-        "learning rate of the gates alpha, relative to that of new layers; auto: 0.1 with SGD, 10 with others",
+        "learning rate of the gates alpha, relative to that of new layers; auto: 0.1 with SGD, 1 with others",
     ),
     Key("clip_gradient", 1.0, number(0), "largest gradient norm of a block; 0: no clipping"),
     Key("warmup", 100, integer(0, MANY), "optimizer steps of the warm-up of blocks, branches and gates"),
