@@ -34,6 +34,7 @@ _INDIFFERENT = re.compile(
     r"use_gpu|data\.(root|save_dir|workers)|train\.print_freq|test\.(batch_size|eval_freq|start_eval|visrank\w*)"
     r"|model\.(resume|load_weights)|csalr\.(overwrite|pretrained_weights|tensorboard\.\w+)"
 )
+NOT_THE_DATASET = "the dataset is not"  # the start of a deviation
 _IMAGENET_V1 = "0676ba61"  # first digits of the SHA-256 of torchvision's ResNet50_Weights.IMAGENET1K_V1
 
 
@@ -227,7 +228,7 @@ def _deviations(settings: dict[str, Any], published: dict[str, Any], dataset: st
         allowed = wanted if isinstance(wanted, list) else [wanted]
         if count != "title" and counts.get(count) not in allowed:
             found.append(
-                f"the dataset is not {known['title']}: {counts.get('training', '?')} training images of "
+                f"{NOT_THE_DATASET} {known['title']}: {counts.get('training', '?')} training images of "
                 f"{counts.get('identities', '?')} identities (paper: {known['training']} of {known['identities']})"
             )
             break

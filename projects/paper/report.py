@@ -29,7 +29,7 @@ from csalr_plugin.hosts.records import METRICS, read_metrics
 from .ablation import HEADER, ablation_rows, describe_gates
 from .attention_maps import draw_reconstruction, explanation, heading, reconstruction_tables
 from .folder import CONSOLE, COST, QUERIES, RESULT, RUN, STUDY, epochs_done, read_json
-from .plan import paper, tables_of
+from .plan import NOT_THE_DATASET, paper, tables_of
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -234,6 +234,13 @@ def basis(runs: Sequence[Trained]) -> str:
     return ", ".join([*numbers, f"{len(seeds)} seed{'s' if len(seeds) != 1 else ''}"])
 
 
+def source(dataset: str, runs: Sequence[Trained]) -> str:
+    """Return the name of the data that `runs` were trained on, which is the dataset's own only for its own images."""
+    if any(NOT_THE_DATASET in deviation for run in runs for deviation in run.about["deviations"]):
+        return f"other data in the layout of {dataset}"
+    return dataset
+
+
 def _bases(trained: Sequence[Trained], datasets: Sequence[str], names: Iterable[str] | None = None) -> str:
     """Return the basis of each dataset, such as "market1501: 200 queries, 2 seeds"."""
     wanted = None if names is None else set(names)
@@ -241,7 +248,7 @@ def _bases(trained: Sequence[Trained], datasets: Sequence[str], names: Iterable[
         dataset: [run for run in trained if run.dataset == dataset and (wanted is None or run.name in wanted)]
         for dataset in datasets
     }
-    return "; ".join(f"{dataset}: {basis(runs)}" for dataset, runs in chosen.items() if runs)
+    return "; ".join(f"{source(dataset, runs)}: {basis(runs)}" for dataset, runs in chosen.items() if runs)
 
 
 def _summary(scope: Scope, trained: Sequence[Trained], datasets: Sequence[str]) -> Section:
@@ -412,12 +419,14 @@ def _table(
                 mine[::2] = [None] * len(columns)
         places = [1 + len(words) * index + place for index in range(len(columns)) for place in (0, 1)]
         _bold_largest(rows, values, places)
-        about = f"preset {scope.preset}, {basis(here)}" if here else "not run"
+        data, about = source(dataset, here), f"preset {scope.preset}, {basis(here)}" if here else "not run"
         shown = [word or one for one in columns for word in words]
-        section.table(("", *shown, "trainings"), rows, f"{table['title']}, on {dataset} (paper: {title}); {about}")
+        section.table(
+            ("", *shown, "trainings"), rows, f"{table['title']}, on {source(dataset, here)} (paper: {title}); {about}"
+        )
         if gains:
             header = [word for one in columns for word in ((one, "paper") if scope.differences else (one,))]
-            caption = f"Gained over the same network without attention, on {dataset}; {about}, paired by seed"
+            caption = f"Gained over the same network without attention, on {data}; {about}, paired by seed"
             section.table(("", *header), gains, caption)
     return section, records
 
@@ -476,7 +485,7 @@ def _ablation(
         rows = ablation_rows(
             table, {name: [_folder(out, run) for run in finished if run.name == name] for name in names}
         )
-        about = f"{dataset}, preset {scope.preset}, {basis(here)}"
+        about = f"{source(dataset, here)}, preset {scope.preset}, {basis(here)}"
         section.table(HEADER, [row.cells for row in rows], f"{table['title']}, on {about}")
         section.text(
             "Seeds are given as mean ± standard deviation. A row with gates set to 0 is the trained network of the row "
@@ -645,13 +654,15 @@ def _curves(scope: Scope, trained: Sequence[Trained]) -> Section:
             if not runs or key in drawn:
                 continue
             drawn.add(key)
-            about = f"{title}\n{dataset}, preset {scope.preset}, {basis(runs)}"
+            about = f"{title}\n{source(dataset, runs)}, preset {scope.preset}, {basis(runs)}"
             section.picture(f"curves-{table}-{dataset}", _draw_curves(about, runs, names, scope.accuracies))
     return section
 
 
-def _branches(line: dict[str, Any]) -> list[float]:
-    """Return the losses of the supervision branches."""
+def _branches(run: Trained, line: dict[str, Any]) -> list[float]:
+    """Return the losses of the supervision branches in an epoch; none for branches of weight 0, which do not learn."""
+    if not run.about["settings"].get("csalr.supervision_weight", 1.0):
+        return []
     return [value for name, value in line.items() if name.startswith("L_DS")]
 
 
@@ -666,8 +677,8 @@ def _draw_curves(title: str, runs: Sequence[Trained], names: dict[str, str], acc
         label = {"label": names[run.name]} if first else {}
         epochs = [line["epoch"] for line in run.curves]
         axes[0].plot(epochs, [line.get("L_F", line["loss"]) for line in run.curves], marker=".", **style, **label)
-        if any(map(_branches, run.curves)):
-            axes[1].plot(epochs, [sum(_branches(line)) for line in run.curves], marker=".", **style)
+        if any(_branches(run, line) for line in run.curves):
+            axes[1].plot(epochs, [sum(_branches(run, line)) for line in run.curves], marker=".", **style)
         if accuracies:
             scores = [line for line in run.evaluations if line["dataset"] == run.dataset]
             steps, values = [line["epoch"] for line in scores], [100 * line["mAP"] for line in scores]
@@ -713,7 +724,8 @@ def _cost_against_accuracy(scope: Scope, trained: Sequence[Trained]) -> Section:
                 points.setdefault(run.name, []).append(run)
         if not points or not scope.accuracies:
             continue
-        about = f"{dataset}, preset {scope.preset}, {basis([run for runs in points.values() for run in runs])}"
+        here = [run for runs in points.values() for run in runs]
+        about = f"{source(dataset, here)}, preset {scope.preset}, {basis(here)}"
         figure, axis = plt.subplots(figsize=(9, 5), layout="constrained")
         rows = []
         for number, (name, runs) in enumerate(points.items()):
@@ -743,7 +755,7 @@ def _trainings(trained: Sequence[Trained]) -> Section:
     for run in trained:
         last = run.curves[-1] if run.curves else {}
         gates = ", ".join(f"{value:+.3f}" for key, value in last.items() if key.startswith("alpha"))
-        branches = _branches(last)
+        branches = _branches(run, last)
         seconds = sum(line["seconds"] for line in run.curves)
         ended = (_number(last.get("L_F"), ".2f"), _number(sum(branches) if branches else None, ".2f"), gates or "-")
         rows.append((f"{run.name}, {run.dataset}", run.seed, run.state, f"{seconds / 60:.1f}", *ended))
