@@ -20,7 +20,7 @@ from csalr_plugin.models import build_model
 from csalr_plugin.models.recipe import WarmUp, gate_rate, loss_terms, split_logits
 from csalr_plugin.projects.paper.ablation import CLOSED, HEADER, ablation_rows, paired_difference
 from csalr_plugin.projects.paper.plan import Options, paper, plan
-from csalr_plugin.projects.paper.report import Trained as Run
+from csalr_plugin.projects.paper.report import Trained as Training
 from csalr_plugin.projects.paper.report import _branches, source
 
 
@@ -165,18 +165,19 @@ def test_the_ablation_trains_pcb_its_control_and_each_attention(tmp_path: Path) 
 def test_branches_that_learn_nothing_have_no_loss_in_the_report() -> None:
     for weight, losses in ((1.0, [2.0, 3.0]), (0.0, [])):
         about = {"settings": {"csalr.supervision_weight": weight}}
-        run = Run("pcb_csalr", "market1501", 1, 1, 1, True, about, None, [], [])
+        run = Training("pcb_csalr", "market1501", 1, 1, 1, True, about, None, [], [])
         assert _branches(run, {"epoch": 1, "L_F": 1.0, "L_DS_stage1": 2.0, "L_DS_stage2": 3.0}) == losses
 
 
 def test_other_images_in_the_layout_of_a_dataset_do_not_bear_its_name(tmp_path: Path) -> None:
     (run,) = plan(Options("ablation", tmp_path, preset="drawn", only=("pcb",), dry_run=True))
-    about = {"settings": run.settings, "deviations": run.deviations}
-    assert source("market1501", [Run("pcb", "market1501", 1, 1, 0, False, about, None, [], [])]) == (
+    about = {"settings": run.settings}
+    assert source("market1501", [Training("pcb", "market1501", 1, 1, 0, False, about, None, [], [])]) == (
         "other data in the layout of market1501"
     )
-    about["deviations"] = ("data.height 96 (paper: 384)",)
-    assert source("market1501", [Run("pcb", "market1501", 1, 1, 0, False, about, None, [], [])]) == "market1501"
+    market1501 = {"identities": 751, "training": 12936, "query": 3368, "gallery": 15913}
+    about["settings"] = {**run.settings, "data": market1501}  # with other settings than the paper's
+    assert source("market1501", [Training("pcb", "market1501", 1, 1, 0, False, about, None, [], [])]) == "market1501"
 
 
 def test_a_cast_changes_the_colours_and_no_cast_changes_nothing(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import json
 import re
 import shlex
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,6 @@ _INDIFFERENT = re.compile(
     r"use_gpu|data\.(root|save_dir|workers)|train\.print_freq|test\.(batch_size|eval_freq|start_eval|visrank\w*)"
     r"|model\.(resume|load_weights)|csalr\.(overwrite|pretrained_weights|tensorboard\.\w+)"
 )
-NOT_THE_DATASET = "the dataset is not"  # the start of a deviation
 _IMAGENET_V1 = "0676ba61"  # first digits of the SHA-256 of torchvision's ResNet50_Weights.IMAGENET1K_V1
 
 
@@ -222,17 +221,20 @@ def _deviations(settings: dict[str, Any], published: dict[str, Any], dataset: st
     if settings["weights"] not in ("torchvision", _IMAGENET_V1):
         source = "random" if settings["weights"] == "random" else f"of a file, SHA-256 {settings['weights']}..."
         found.append(f"backbone weights {source} (paper: ImageNet)")
-    known = paper()["datasets"][dataset]
     counts = settings["data"]
-    for count, wanted in known.items():
-        allowed = wanted if isinstance(wanted, list) else [wanted]
-        if count != "title" and counts.get(count) not in allowed:
-            found.append(
-                f"{NOT_THE_DATASET} {known['title']}: {counts.get('training', '?')} training images of "
-                f"{counts.get('identities', '?')} identities (paper: {known['training']} of {known['identities']})"
-            )
-            break
+    if not is_dataset(dataset, counts):
+        known = paper()["datasets"][dataset]
+        found.append(
+            f"the dataset is not {known['title']}: {counts.get('training', '?')} training images of "
+            f"{counts.get('identities', '?')} identities (paper: {known['training']} of {known['identities']})"
+        )
     return tuple(found)
+
+
+def is_dataset(name: str, counts: Mapping[str, int]) -> bool:
+    """Return whether data with these counts of images and identities are the dataset of section 4.1."""
+    known = {count: wanted for count, wanted in paper()["datasets"][name].items() if count != "title"}
+    return all(counts.get(one) in (wanted if isinstance(wanted, list) else [wanted]) for one, wanted in known.items())
 
 
 def dataset_counts(name: str, root: Path) -> dict[str, int]:

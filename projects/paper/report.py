@@ -29,7 +29,7 @@ from csalr_plugin.hosts.records import METRICS, read_metrics
 from .ablation import HEADER, ablation_rows, describe_gates
 from .attention_maps import draw_reconstruction, explanation, heading, reconstruction_tables
 from .folder import CONSOLE, COST, QUERIES, RESULT, RUN, STUDY, epochs_done, read_json
-from .plan import NOT_THE_DATASET, paper, tables_of
+from .plan import is_dataset, paper, tables_of
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -236,9 +236,14 @@ def basis(runs: Sequence[Trained]) -> str:
 
 def source(dataset: str, runs: Sequence[Trained]) -> str:
     """Return the name of the data that `runs` were trained on, which is the dataset's own only for its own images."""
-    if any(NOT_THE_DATASET in deviation for run in runs for deviation in run.about["deviations"]):
-        return f"other data in the layout of {dataset}"
-    return dataset
+    if all(is_dataset(dataset, run.about["settings"]["data"]) for run in runs):
+        return dataset
+    return f"other data in the layout of {dataset}"
+
+
+def _about(scope: Scope, dataset: str, runs: Sequence[Trained]) -> str:
+    """Return the data, preset, queries and seeds of `runs`, for a title."""
+    return f"{source(dataset, runs)}, preset {scope.preset}, {basis(runs)}"
 
 
 def _bases(trained: Sequence[Trained], datasets: Sequence[str], names: Iterable[str] | None = None) -> str:
@@ -421,9 +426,7 @@ def _table(
         _bold_largest(rows, values, places)
         data, about = source(dataset, here), f"preset {scope.preset}, {basis(here)}" if here else "not run"
         shown = [word or one for one in columns for word in words]
-        section.table(
-            ("", *shown, "trainings"), rows, f"{table['title']}, on {source(dataset, here)} (paper: {title}); {about}"
-        )
+        section.table(("", *shown, "trainings"), rows, f"{table['title']}, on {data} (paper: {title}); {about}")
         if gains:
             header = [word for one in columns for word in ((one, "paper") if scope.differences else (one,))]
             caption = f"Gained over the same network without attention, on {data}; {about}, paired by seed"
@@ -485,7 +488,7 @@ def _ablation(
         rows = ablation_rows(
             table, {name: [_folder(out, run) for run in finished if run.name == name] for name in names}
         )
-        about = f"{source(dataset, here)}, preset {scope.preset}, {basis(here)}"
+        about = _about(scope, dataset, here)
         section.table(HEADER, [row.cells for row in rows], f"{table['title']}, on {about}")
         section.text(
             "Seeds are given as mean ± standard deviation. A row with gates set to 0 is the trained network of the row "
@@ -654,7 +657,7 @@ def _curves(scope: Scope, trained: Sequence[Trained]) -> Section:
             if not runs or key in drawn:
                 continue
             drawn.add(key)
-            about = f"{title}\n{source(dataset, runs)}, preset {scope.preset}, {basis(runs)}"
+            about = f"{title}\n{_about(scope, dataset, runs)}"
             section.picture(f"curves-{table}-{dataset}", _draw_curves(about, runs, names, scope.accuracies))
     return section
 
@@ -724,8 +727,7 @@ def _cost_against_accuracy(scope: Scope, trained: Sequence[Trained]) -> Section:
                 points.setdefault(run.name, []).append(run)
         if not points or not scope.accuracies:
             continue
-        here = [run for runs in points.values() for run in runs]
-        about = f"{source(dataset, here)}, preset {scope.preset}, {basis(here)}"
+        about = _about(scope, dataset, [run for runs in points.values() for run in runs])
         figure, axis = plt.subplots(figsize=(9, 5), layout="constrained")
         rows = []
         for number, (name, runs) in enumerate(points.items()):
