@@ -243,6 +243,38 @@ def test_a_killed_worker_of_the_loader_is_one_line_with_a_checkpoint_that_resume
     assert all(torch.equal(expected[name], got[name]) for name in expected)
 
 
+@pytest.fixture
+def report_of_a_death() -> Iterator[Callable[[float], None]]:
+    """A function that raises, so many seconds later and wherever this process is, what torch's SIGCHLD handler does."""
+
+    def report(*_: object) -> None:
+        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed.")
+
+    before = signal.signal(signal.SIGALRM, report)
+    yield lambda seconds: signal.setitimer(signal.ITIMER_REAL, seconds)  # type: ignore[func-returns-value]
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    signal.signal(signal.SIGALRM, before)
+
+
+@pytest.mark.parametrize("failure", [ConnectionResetError(104, "Connection reset by peer"), EOFError()])
+def test_a_worker_killed_while_a_batch_is_fetched_from_it_is_one_line_with_a_checkpoint(
+    failure: Exception,
+    report_of_a_death: Callable[[float], None],
+    tiny_data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def lose_the_worker(self: Any, data: Any, number: int) -> dict[str, float]:
+        report_of_a_death(0.05)
+        raise failure
+
+    monkeypatch.setattr(engine_module._PluginTraining, "iteration", lose_the_worker)
+    with pytest.raises(UserError, match="a data loader's worker process was killed") as error:
+        train(small(tiny_data, tmp_path))
+    assert "\n" not in str(error.value)
+    assert last_checkpoint_in(error.value).is_file()
+
+
 @pytest.mark.parametrize(
     "failure",
     [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), MemoryError()],

@@ -284,11 +284,20 @@ def test_failing_writers_and_a_failing_evaluation_cost_no_checkpoint(
     assert "Traceback" not in text
 
 
+@pytest.mark.parametrize(
+    "failure",
+    [
+        RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed."),
+        ConnectionResetError(104, "Connection reset by peer"),
+        EOFError(),
+    ],
+    ids=lambda failure: type(failure).__name__,
+)
 def test_a_killed_worker_of_a_data_loader_ends_the_training_in_one_line(
-    trained: Path, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    failure: Exception, trained: Path, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def killed(_: Any) -> None:
-        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed.")
+        raise failure
 
     monkeypatch.setattr(SimpleTrainer, "run_step", killed)
     out = copy(trained, tmp_path / "out")

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import ctypes
+import time
 from contextlib import suppress
 
 import torch
 from torch import nn
+
+# Types of the errors that `machine_failure` knows. A loader's killed worker is torch's RuntimeError, or a broken
+# connection if a batch was being fetched from it.
+MACHINE_FAILURES = (RuntimeError, MemoryError, ConnectionResetError, ConnectionRefusedError, EOFError)
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -31,10 +36,10 @@ def keep_freed_memory() -> None:
 def machine_failure(error: BaseException) -> str:
     """Describe an error of the machine, such as lack of memory or a killed worker; empty for other errors."""
     text = str(error)
-    if "DataLoader worker" in text:
+    if "DataLoader worker (pid" in text or "shared memory" in text or _is_lost_connection(error):
         return (
-            "a data loader's worker process was killed, often by the system for lack of memory; a smaller data.workers "
-            "(DATALOADER.NUM_WORKERS) takes less"
+            "a data loader's worker process was killed, often for lack of memory or of shared memory (/dev/shm); a "
+            "smaller data.workers (DATALOADER.NUM_WORKERS) takes less"
         )
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "DefaultCPUAllocator" in text:
         return (
@@ -42,6 +47,17 @@ def machine_failure(error: BaseException) -> str:
             "step of several batches"
         )
     return ""
+
+
+def _is_lost_connection(error: BaseException) -> bool:
+    """Return whether the connection to a loader's worker was lost, once torch has reported the worker's death."""
+    refused = isinstance(error, (ConnectionResetError, ConnectionRefusedError))
+    if not refused and not (isinstance(error, EOFError) and not error.args):  # a file's EOFError has a message
+        return False
+    # torch's handler of SIGCHLD raises a RuntimeError wherever this process is, for example in saving a checkpoint.
+    with suppress(RuntimeError):
+        time.sleep(1)
+    return True
 
 
 def single_image_batch(error: BaseException) -> bool:

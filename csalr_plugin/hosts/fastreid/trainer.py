@@ -57,7 +57,7 @@ from csalr_plugin.hosts.records import (
 from csalr_plugin.hosts.report import REPORT, write_report
 from csalr_plugin.hosts.resume import name_parameters
 from csalr_plugin.hosts.script import replaced
-from csalr_plugin.hosts.training import keep_freed_memory, machine_failure, unwrapped
+from csalr_plugin.hosts.training import MACHINE_FAILURES, keep_freed_memory, machine_failure, unwrapped
 from csalr_plugin.models import RefinedPCB, recipe
 from csalr_plugin.models.cost import count_gmacs, count_parameters
 
@@ -292,7 +292,7 @@ class Trainer(DefaultTrainer):  # type: ignore[misc]  # fast-reid carries no typ
             if is_main():
                 self._write_report()
             return results
-        except (RuntimeError, MemoryError) as error:
+        except MACHINE_FAILURES as error:
             if is_lost(error):
                 raise gone(self._last_checkpoint()) from error
             if cause := machine_failure(error):
@@ -427,7 +427,7 @@ class Trainer(DefaultTrainer):  # type: ignore[misc]  # fast-reid carries no typ
         try:
             with replaced(rank, {"evaluate_rank": evaluate_rank}):
                 results = super().test(cfg, model)
-        except (RuntimeError, MemoryError) as error:
+        except MACHINE_FAILURES as error:
             if is_lost(error) or not (cause := machine_failure(error)):
                 raise
             raise UserError(f"The evaluation stopped: {cause}.") from error

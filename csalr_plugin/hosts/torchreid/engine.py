@@ -49,7 +49,13 @@ from csalr_plugin.hosts.torchreid.loading import (
 from csalr_plugin.hosts.torchreid.monitor import Monitor, Writer
 from csalr_plugin.hosts.torchreid.optimizer import check_layers
 from csalr_plugin.hosts.torchreid.ranking import evaluate_rank
-from csalr_plugin.hosts.training import keep_freed_memory, machine_failure, single_image_batch, unwrapped
+from csalr_plugin.hosts.training import (
+    MACHINE_FAILURES,
+    keep_freed_memory,
+    machine_failure,
+    single_image_batch,
+    unwrapped,
+)
 from csalr_plugin.models import RefinedPCB, recipe
 
 BEST = "model-best.pth.tar"
@@ -349,7 +355,7 @@ class _PluginTraining(_HostEngine):
             super().run(save_dir=save_dir, **options)
             if trains and distributed.is_main():
                 self._write_report()
-        except (RuntimeError, MemoryError) as error:
+        except MACHINE_FAILURES as error:
             if distributed.is_lost(error):
                 raise self._lost(error) from error
             if cause := machine_failure(error):
@@ -383,7 +389,7 @@ class _PluginTraining(_HostEngine):
         with self._stop_between_batches():
             try:
                 super().train(*args, **options)
-            except (_StopBetweenBatches, RuntimeError, MemoryError, BrokenPipeError) as error:
+            except (_StopBetweenBatches, BrokenPipeError, *MACHINE_FAILURES) as error:
                 if distributed.is_lost(error):
                     raise self._lost(error, self._save_interrupted(alone=True)) from error
                 # On Ctrl-C a worker of the loader may die first: the host's loop then raises a RuntimeError.
