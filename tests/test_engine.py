@@ -33,6 +33,7 @@ from csalr_plugin.hosts.torchreid.datasets import build_datamanager
 from csalr_plugin.hosts.torchreid.engine import keep_autocast_in_threads
 from csalr_plugin.hosts.torchreid.optimizer import build_optimizer
 from csalr_plugin.hosts.torchreid.train import build_engine, build_network, resume_from_checkpoint, train
+from csalr_plugin.hosts.training import machine_failure
 from csalr_plugin.models import build_model
 from csalr_plugin.models.recipe import WarmUp
 from csalr_plugin.models.weights import read_checkpoint
@@ -273,6 +274,21 @@ def test_a_worker_killed_while_a_batch_is_fetched_from_it_is_one_line_with_a_che
         train(small(tiny_data, tmp_path))
     assert "\n" not in str(error.value)
     assert last_checkpoint_in(error.value).is_file()
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("Caught RuntimeError in DataLoader worker process 0.\nOriginal Traceback"),
+        RuntimeError("out of resource: shared memory, Required: 278528, Hardware limit: 101376"),
+        EOFError("Compressed file ended before the end-of-stream marker was reached"),
+        BrokenPipeError(32, "Broken pipe"),
+    ],
+)
+def test_an_error_in_a_worker_in_a_file_or_in_a_gpus_shared_memory_is_not_called_a_killed_worker(
+    error: Exception,
+) -> None:
+    assert machine_failure(error) == ""
 
 
 @pytest.mark.parametrize(

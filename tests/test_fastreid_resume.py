@@ -289,7 +289,9 @@ def test_failing_writers_and_a_failing_evaluation_cost_no_checkpoint(
     [
         RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed."),
         ConnectionResetError(104, "Connection reset by peer"),
+        ConnectionRefusedError(111, "Connection refused"),
         EOFError(),
+        RuntimeError("unable to allocate shared memory(shm) for file </torch_1>: No space left on device (28)"),
     ],
     ids=lambda failure: type(failure).__name__,
 )

@@ -34,9 +34,17 @@ def keep_freed_memory() -> None:
 
 
 def machine_failure(error: BaseException) -> str:
-    """Describe an error of the machine, such as lack of memory or a killed worker; empty for other errors."""
+    """Describe an error of the machine, such as lack of memory or a killed worker; empty for other errors.
+
+    After a lost connection to a loader's worker it waits up to a second for torch's report of the worker's death.
+    """
     text = str(error)
-    if "DataLoader worker (pid" in text or "shared memory" in text or _is_lost_connection(error):
+    lost = _is_lost_connection(error)
+    if lost:
+        # torch's handler of SIGCHLD raises a RuntimeError wherever this process is, for example in saving a checkpoint.
+        with suppress(RuntimeError):
+            time.sleep(1)
+    if lost or "DataLoader worker (pid" in text or "shared memory(shm)" in text:
         return (
             "a data loader's worker process was killed, often for lack of memory or of shared memory (/dev/shm); a "
             "smaller data.workers (DATALOADER.NUM_WORKERS) takes less"
@@ -50,14 +58,10 @@ def machine_failure(error: BaseException) -> str:
 
 
 def _is_lost_connection(error: BaseException) -> bool:
-    """Return whether the connection to a loader's worker was lost, once torch has reported the worker's death."""
-    refused = isinstance(error, (ConnectionResetError, ConnectionRefusedError))
-    if not refused and not (isinstance(error, EOFError) and not error.args):  # a file's EOFError has a message
-        return False
-    # torch's handler of SIGCHLD raises a RuntimeError wherever this process is, for example in saving a checkpoint.
-    with suppress(RuntimeError):
-        time.sleep(1)
-    return True
+    """Return whether `error` is a lost connection to a loader's worker."""
+    if isinstance(error, EOFError):
+        return not error.args  # a file's EOFError has a message
+    return isinstance(error, (ConnectionResetError, ConnectionRefusedError))
 
 
 def single_image_batch(error: BaseException) -> bool:
